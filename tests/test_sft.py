@@ -251,7 +251,7 @@ def test_a_finished_run_with_other_settings_is_an_error(config_file: Path) -> No
     [("svd", "reordered", "svd"), (None, "paper", "paper"), (None, "reordered", "largest rank")],
 )
 def test_a_result_says_which_ranks_the_adapter_has(order: Any, deploy: Any, expected: str) -> None:
-    ranks_result = TrainRanksResult(None, "kept", {1: 8}, {1: 2.0}, {1: 1.0})
+    ranks_result = TrainRanksResult(None, "kept", 1, {1: 8}, {1: 2.0}, {1: 1.0})
     text = repr(TrainResult(Path("run/adapter"), order, deploy, ranks_result))
     assert "run/adapter" in text
     assert expected in text
@@ -407,8 +407,8 @@ def test_a_run_killed_while_its_ranks_are_trained_takes_no_further_step(
     before = state.read_bytes()
     result = train(config)
     assert result.train_ranks is not None
-    assert (result.order, result.train_ranks.outcome) == ("trained", "kept")
-    assert peft_folder.read(result.path).order == "trained"
+    assert (result.order, result.train_ranks.outcome) == ("svd", "kept")
+    assert peft_folder.read(result.path).small_rank == result.train_ranks.small_rank > 0
     assert state.read_bytes() == before
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,19 +208,6 @@ def test_a_folder_for_a_server_gets_a_rank_of_vllm(
     code, stdout, _ = run(f"info folder --error {error}")
     assert code == 0
     assert stdout.splitlines()[-1] == f"Next: matryoshka {next_command}"
-
-
-def test_trained_ranks_have_errors_and_are_exported_by_rank(workspace: Path, run: Run) -> None:
-    lora = matryoshka_lora.open("nested")
-    replace(lora, order="trained").save("trained")
-    stdout = run("info trained")[1]
-    assert "ordered by singular values" in stdout
-    assert "no --error, --keep or --max-bytes" in stdout
-    assert "ordered by singular values" not in run("info nested")[1]
-    code, _, stderr = run("export trained --error 10% -o new")
-    assert code == 1
-    assert "--rank" in stderr
-    assert "info" in stderr
 
 
 def test_export_changes_layers_by_patterns(workspace: Path, run: Run) -> None:

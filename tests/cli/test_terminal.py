@@ -134,11 +134,12 @@ def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
     ],
 )
 def test_training_of_ranks_says_whether_they_were_trained(outcome: Any, expected: str) -> None:
-    losses_after = {1: 0.5, 4: 0.025} if outcome in ("kept", "not better") else None
+    losses_after = {1: 0.5} if outcome in ("kept", "not better") else {}
     result = TrainRanksResult(
-        Path("out"), outcome, {1: 48, 4: 16}, {1: 1.0, 4: 0.011}, losses_after
+        Path("out"), outcome, 1, {1: 48, 4: 16}, {1: 1.0, 4: 0.011}, losses_after
     )
     first_line, *table = str(result).splitlines()
     assert expected in first_line
-    assert table[-1].split() == ["4", "0.011", *(["0.025"] if losses_after else [])]
+    assert table[-2].split() == ["1", "1.000", *(["0.500"] if losses_after else [])]
+    assert table[-1].split() == ["4", "0.011"]
     assert repr(result) == str(result)

@@ -286,7 +286,7 @@ def test_train_ranks_of_examples(record_property: RecordProperty) -> None:
         adapter.factors.write(trained_factors())
         result = adapter.train_ranks(EXAMPLES, eval_data=VALIDATION, max_examples=48)
         assert result.outcome == "kept"
-        assert adapter.order == "trained"
+        assert adapter.small_rank > 0
         results[device] = result
     actual, expected = results[DEVICE], results[CPU]
     assert actual.examples_by_rank == expected.examples_by_rank

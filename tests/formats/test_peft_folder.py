@@ -218,14 +218,13 @@ def test_nesting_counts_only_for_its_factors(tmp_path: Path, change: str) -> Non
         assert np.abs(update - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("order", ["svd", "trained"])
-def test_nested_adapter_is_rewritten_bit_by_bit(tmp_path: Path, order: Any) -> None:
+def test_nested_adapter_is_rewritten_bit_by_bit(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj", "v_proj"])
     lora = open_adapter(tmp_path / "plain")
     nesting = Nesting((1, 3, R), "sqrt", lora.layers[0].scale)
-    replace(lora, nesting=nesting, order=order).nested().save(tmp_path / "first")
+    replace(lora, nesting=nesting, order="svd").nested().save(tmp_path / "first")
     first = open_adapter(tmp_path / "first")
-    assert (first.nesting, first.order) == (nesting, order)
+    assert (first.nesting, first.order) == (nesting, "svd")
     first.nested().save(tmp_path / "second")
     for name in (WEIGHTS_NAME, CONFIG_NAME, "README.md"):
         first_bytes = (tmp_path / "first" / name).read_bytes()

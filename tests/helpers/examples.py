@@ -122,7 +122,9 @@ def all_equal(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def loss_at_rank(adapter: NestedAdapter, examples: list[Example], rank: int) -> float:
-    """Return the model's own loss of examples with the first components of the factors."""
+    """Return the model's own loss of examples at a rank, or at the prefix of unordered factors."""
     q = (torch.arange(adapter.nesting.max_rank) < rank).double()
+    if adapter.order is not None:
+        q = adapter.state.deployed_q(rank)
     with torch.no_grad(), adapter.use_diagonal(q):
         return float(adapter.model.eval()(**collate(examples)).loss)

@@ -169,18 +169,17 @@ def test_the_error_of_a_chain_is_relative_to_the_first_update(tmp_path: Path, ch
     }
 
 
-@pytest.mark.parametrize("order", ["svd", "trained"])
-def test_a_nested_adapter_stays_nested(tmp_path: Path, order: Any) -> None:
-    """Through drop, scale and cast. A prefix of a trained order is not the best one."""
+def test_a_nested_adapter_stays_nested(tmp_path: Path) -> None:
+    """Through drop, scale and cast. The errors are those of the prefixes as they are."""
     layers = [make_layer(name) for name in ("model.a", "model.bb", "model.ccc")]
     nesting = Nesting((1, 3, R), scale=SCALE)
-    lora = make_lora(*layers, nesting=nesting, order=order)
+    lora = make_lora(*layers, nesting=nesting, order="svd")
     changed = lora.drop("*.bb").scale({"*.a": 0.5, "*.ccc": 3}).cast("bf16")
-    assert (changed.nesting, changed.order) == (nesting, order)
+    assert (changed.nesting, changed.order) == (nesting, "svd")
     result = changed.save(tmp_path / "nested")
     assert [*result.errors] == [1, 3, R]
     reopened = ml.open(tmp_path / "nested")
-    assert (reopened.nesting, reopened.order) == (nesting, order)
+    assert (reopened.nesting, reopened.order) == (nesting, "svd")
     for rank in (1, 3, R):
         missing = total = 0.0
         for layer, factor in ((layers[0], 0.5), (layers[2], 3.0)):

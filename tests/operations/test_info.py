@@ -52,7 +52,6 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "plain": save_plain,
     "nested": save_nested,
     "said to be ordered": lambda path: save_nested_as(path, order="svd"),
-    "trained": lambda path: save_nested_as(path, order="trained"),
     "paper": lambda path: save_nested_as(path, deploy="paper"),
     "experts": lambda path: save_plain(path, tiny_mixtral(), **EXPERTS),
     "modules_to_save": lambda path: save_plain(path, modules_to_save=["lm_head"]),
@@ -61,7 +60,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-ORDERS = {"nested": "svd", "said to be ordered": "svd", "trained": "trained"}
+ORDERS = {"nested": "svd", "said to be ordered": "svd"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +82,7 @@ def test_sizes_and_errors_are_those_of_the_exports(tmp_path: Path, kind: str) ->
         assert result.sizes[1] > tiny_llama().lm_head.weight.numel() * 4
 
 
-@pytest.mark.parametrize("kind", ["plain", "trained", "paper", "ranks by layer", "single file"])
+@pytest.mark.parametrize("kind", ["plain", "nested", "paper", "ranks by layer", "single file"])
 def test_layers_are_described_by_the_singular_values_of_their_updates(
     tmp_path: Path, kind: str
 ) -> None:

@@ -83,12 +83,15 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
     )
     assert (result.path, result.outcome, result.num_examples) == (output, "kept", 640)
     lora = ml.open(output)
-    assert (lora.order, lora.max_rank, lora.nested_ranks) == ("trained", 4, (1, 2, 4))
+    assert (lora.order, lora.max_rank, lora.nested_ranks) == ("svd", 4, (1, 2, 4))
+    assert lora.small_rank == result.small_rank > 0
     assert (output / "tokenizer_config.json").is_file()
-    with pytest.raises(MatryoshkaError, match="singular values"):
-        export(output, tmp_path / "small", keep="90%")
+    export(output, tmp_path / "rank-1", 1)
+    loss_at_rank_1 = loss_of_folder(base_folder, tmp_path / "rank-1")
+    assert loss_at_rank_1 == pytest.approx(result.losses_after[1], abs=1e-3)
+    assert loss_at_rank_1 < result.losses_before[1] - 0.1
     loss_before = loss_of_folder(base_folder, lora_folder)
-    assert loss_of_folder(base_folder, output) == pytest.approx(loss_before, abs=0.1)
+    assert loss_of_folder(base_folder, output) == pytest.approx(loss_before, abs=1e-5)
 
 
 def test_untrained_ranks_are_written_in_the_order_of_the_svd(
@@ -109,8 +112,9 @@ def test_untrained_ranks_are_written_in_the_order_of_the_svd(
         base_model=str(lora_folder.with_name("base")),
         dtype="fp32",
     )
-    assert (result.outcome, result.losses_after) == ("nothing to train", None)
-    assert ml.open(tmp_path / "nested").order == "svd"
+    assert (result.outcome, result.losses_after) == ("nothing to train", {})
+    nested = ml.open(tmp_path / "nested")
+    assert (nested.order, nested.small) == ("svd", None)
 
 
 def test_an_output_that_cannot_be_written_is_an_error_before_the_training(

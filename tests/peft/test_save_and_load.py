@@ -43,20 +43,14 @@ NESTINGS = {
 }
 NESTING = NESTINGS["sqrt"]
 WEIGHTS_NAME = "adapter_model.safetensors"
-FORMS = ["paper", "unordered", "svd", "trained"]
-"""P dropped; with P, reordered on the way to the file; reordered; another order."""
+FORMS = ["paper", "unordered", "svd"]
+"""P dropped; with P, reordered on the way to the file; reordered."""
 
 
 def into_form(adapter: NestedAdapter, form: str) -> None:
     """Bring an adapter of rule matryoshka into a form."""
-    if form in ("svd", "trained"):
+    if form == "svd":
         adapter.reorder()
-    if form == "trained":
-        A, B = next(iter(adapter.layer_factors().values()))
-        with torch.no_grad():
-            A.copy_(A.flip(0))
-            B.copy_(B.flip(1))
-        adapter.mark_ordered("trained")
 
 
 def llama_in_form(form: str, nesting: Nesting = NESTING, **options: Any) -> NestedAdapter:
@@ -86,7 +80,7 @@ def read_nesting(folder: Path) -> dict[str, Any] | None:
 def test_a_round_trip_keeps_every_rank(form: str, scaling: str, tmp_path: Path) -> None:
     nesting = NESTINGS[scaling]
     saved = llama_in_form(form, nesting)
-    order = form if form in ("svd", "trained") else None
+    order = "svd" if form == "svd" else None
     factors, before = saved.factors.copy(), logits(saved.model)
     saved.save(tmp_path / "a")
     # The adapter in memory is unchanged.
@@ -356,16 +350,6 @@ def test_a_lora_file_does_not_follow_the_parameters(tmp_path: Path) -> None:
     randomize(adapter.model, seed=8)
     lora.nested().save(tmp_path / "a")
     assert is_close(by_peft(tmp_path / "a"), expected)
-
-
-def test_trained_ranks_that_are_lost_warn(tmp_path: Path) -> None:
-    adapter = llama_in_form("trained")
-    A, _ = next(iter(adapter.layer_factors().values()))
-    with torch.no_grad():
-        A.mul_(2)
-    with pytest.warns(UserWarning, match="trained"):
-        adapter.save(tmp_path / "a")
-    assert load(tiny_llama(), tmp_path / "a").order == "svd"
 
 
 @pytest.mark.parametrize("deploy", ["reordered", "paper"])

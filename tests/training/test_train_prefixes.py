@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,17 +24,16 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting, NotFiniteError, nest
 from matryoshka_lora.training.data import TrainingData, read_training_data
+from matryoshka_lora.training.factors import FactorMatrices
 from matryoshka_lora.training.train_ranks import (
     Hyperparameters,
     PrefixAdam,
     RankSchedule,
-    rank_shares,
     train_prefixes,
     trainable_factors,
 )
 
 EXAMPLES = lookup_examples(400)
-GAPS = {1: 1.0, 2: 0.5, 4: 0.25, 8: 0.0}
 
 
 def ordered_adapter(dropout: float = 0.0) -> NestedAdapter:
@@ -55,33 +54,25 @@ def data_for(adapter: NestedAdapter) -> TrainingData:
     return data
 
 
-class FixedSchedule(RankSchedule):
-    """Draw given ranks."""
-
-    def __init__(self, ranks: Iterable[int]) -> None:
-        self._ranks = iter(ranks)
-
-    def next(self, shares: Mapping[int, float]) -> int:
-        return next(self._ranks)
-
-
 def train(
     adapter: NestedAdapter,
     num_examples: int,
     data: TrainingData | None = None,
-    schedule: RankSchedule | None = None,
+    ranks: Sequence[int] = (1, 2, 3, 4),
     hyperparameters: Hyperparameters | None = None,
-) -> None:
+) -> FactorMatrices:
+    """Return the trained factors."""
     with trainable_factors(adapter.factors):
-        train_prefixes(
+        trained, examples_by_rank = train_prefixes(
             adapter.factors,
+            ranks,
             data or data_for(adapter),
             range(num_examples),
-            GAPS,
-            lambda: GAPS,
-            schedule or RankSchedule(0),
+            0,
             hyperparameters or Hyperparameters(),
         )
+    assert sum(examples_by_rank.values()) == num_examples
+    return trained
 
 
 def scale_loss(data: TrainingData, scale: float) -> None:
@@ -89,10 +80,10 @@ def scale_loss(data: TrainingData, scale: float) -> None:
     data.loss = lambda batch: loss(batch) * scale
 
 
-def components(adapter: NestedAdapter) -> list[Tensor]:
+def components(factors: FactorMatrices) -> list[Tensor]:
     """The rows of A and the columns of B of each layer, as rows."""
     matrices: list[Tensor] = []
-    for A, B in adapter.factors.copy().values():
+    for A, B in factors.values():
         matrices.append(A)
         matrices.append(B.T)
     return matrices
@@ -100,17 +91,17 @@ def components(adapter: NestedAdapter) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("rank", "reference_layers", "share"),
-    [(1, 14, 0.05), (3, 14, 0.05), (8, 14, 0.05), (3, 0.75, 0.025)],
+    [(1, 14, 0.1), (3, 14, 0.1 * 3**-0.3), (8, 14, 0.1 * 8**-0.3), (1, 0.75, 0.05)],
 )
 def test_a_step_moves_the_first_components_by_a_share_of_their_size(
     rank: int, reference_layers: float, share: float
 ) -> None:
     """Adam's first step is as long as its rate; in four times the layers it is half as long."""
     adapter = ordered_adapter()
-    before = components(adapter)
+    before = components(adapter.factors.copy())
     hyperparameters = Hyperparameters(reference_layers=reference_layers)
-    train(adapter, 8, schedule=FixedSchedule([rank]), hyperparameters=hyperparameters)
-    for old, new in zip(before, components(adapter), strict=True):
+    trained = train(adapter, 8, ranks=[rank], hyperparameters=hyperparameters)
+    for old, new in zip(before, components(trained), strict=True):
         sizes = old.square().mean(dim=1).sqrt()
         step = (new - old).abs().median(dim=1).values
         torch.testing.assert_close(step[:rank], share * sizes[:rank])
@@ -145,32 +136,7 @@ def test_each_component_is_updated_by_an_adam_of_its_own(ranks: list[int]) -> No
         torch.testing.assert_close(actual, expected[index] * size)
 
 
-@pytest.mark.parametrize(("num_steps", "num_measurements"), [(1, 0), (8, 0), (13, 1), (48, 5)])
-def test_the_gaps_are_measured_several_times(num_steps: int, num_measurements: int) -> None:
-    """And each time the shares of the ranks change: at first rank 1 alone is behind."""
-    adapter = ordered_adapter()
-    calls: list[None] = []
-
-    def measure_gaps() -> dict[int, float]:
-        calls.append(None)
-        return {1: 0.0, 2: 1.0, 4: 0.0, 8: 0.0}
-
-    with trainable_factors(adapter.factors):
-        examples_by_rank = train_prefixes(
-            adapter.factors,
-            data_for(adapter),
-            [step % len(EXAMPLES) for step in range(8 * num_steps)],
-            {1: 1.0, 2: 0.0, 4: 0.0, 8: 0.0},
-            measure_gaps,
-            RankSchedule(0),
-            Hyperparameters(min_steps_between_measurements=8),
-        )
-    assert len(calls) == num_measurements
-    assert sum(examples_by_rank.values()) == 8 * num_steps
-    assert (2 in examples_by_rank) == (num_measurements > 0)
-
-
-def test_later_components_fade_out_of_the_forward() -> None:
+def test_later_components_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """From a half to nothing in half of the steps."""
     adapter = ordered_adapter()
     data = data_for(adapter)
@@ -184,8 +150,9 @@ def test_later_components_fade_out_of_the_forward() -> None:
         return loss(batch)
 
     data.loss = recording_loss
-    hyperparameters = Hyperparameters(learning_rate=0.0)
-    train(adapter, 4 * 8, data, FixedSchedule([2, 8, 3, 1]), hyperparameters)
+    ranks = iter([2, 8, 3, 1])
+    monkeypatch.setattr(RankSchedule, "next", lambda schedule: next(ranks))
+    train(adapter, 4 * 8, data, hyperparameters=Hyperparameters(learning_rate=0.0))
     torch.testing.assert_close(
         weights,
         [[1.0] * 2 + [0.5] * 6, [1.0] * 8, [1.0] * 3 + [0.0] * 5, [1.0] + [0.0] * 7],
@@ -203,8 +170,7 @@ def test_components_of_zeros_do_not_become_nan(are_A_zero: bool) -> None:
         if are_A_zero:
             A[num_nonzero:] = 0
     adapter.factors.write(factors)
-    train(adapter, 160)
-    for name, (A, B) in adapter.factors.copy().items():
+    for name, (A, B) in train(adapter, 160, ranks=range(1, 9)).items():
         assert A.isfinite().all()
         assert B.isfinite().all()
         learns_first = not (are_A_zero and "q_proj" in name)
@@ -232,7 +198,7 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(
             B.data = B.data.to(dtype)
         data = data_for(adapter)
         scale_loss(data, scale if dtype == torch.float16 else 1.0)
-        train(adapter, 8, data, FixedSchedule([8]))
+        train(adapter, 8, data, ranks=[8])
     expected, actual = gradients
     assert actual.dtype == torch.float32
     assert torch.dist(actual / scale, expected) < tolerance * expected.norm()
@@ -275,9 +241,10 @@ def test_dropout_is_off_and_checkpointed_layers_are_computed_again() -> None:
         norm = base.model.layers[0].input_layernorm
         norm.register_forward_hook(lambda *args, counter=num_forwards: counter.update(["norm"]))
         adapter.model.train()
-        train(adapter, 24)
+        trained = train(adapter, 24)
         assert num_forwards["norm"] == (6 if checkpointing else 3)
-        results.append(copy_lora_parameters(adapter))
+        assert all_equal(before, copy_lora_parameters(adapter))
+        results.append([factor for pair in trained.values() for factor in pair])
         assert not all_equal(before, results[-1])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
@@ -305,55 +272,14 @@ def test_layers_that_call_dropout_as_a_function_are_deterministic() -> None:
 # Which rank each step trains
 
 
-def test_a_share_follows_the_root_of_the_gap() -> None:
-    """Rank 3 is between two nested ranks, and its gap is between theirs."""
-    shares = rank_shares({1: 1.6, 2: 0.9, 4: 0.1, 8: 0.0}, 1 / 8)
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares[1] / shares[2] == pytest.approx(4 / 3)
-    assert shares[2] / shares[4] == pytest.approx(3)
-    assert shares[2] > shares[3] > shares[4] > shares[5] + shares[6] + shares[7] > 0
-    assert shares[5] > shares[6] > shares[7]
-    assert shares[8] == pytest.approx(1 / 8)
-
-
-def test_the_largest_rank_gets_more_of_the_final_steps() -> None:
-    shares_of_max_rank: list[float] = []
-
-    class RecordingSchedule(RankSchedule):
-        def next(self, shares: Mapping[int, float]) -> int:
-            shares_of_max_rank.append(shares[8])
-            return super().next(shares)
-
-    train(ordered_adapter(), 12 * 8, schedule=RecordingSchedule(0))
-    assert shares_of_max_rank == pytest.approx([1 / 8] * 10 + [1 / 3] * 2)
-
-
-@pytest.mark.parametrize(
-    ("gaps", "trained_ranks"),
-    [
-        ({2: 1.0, 32: 0.0}, {2, 32}),
-        ({2: 1.0, 4: 0.5, 32: 0.0}, {2, 3, 4, 32}),
-        ({3: 1.0, 6: 0.0, 7: 0.0}, {3, 4, 5, 7}),
-        ({1: 0.0, 4: 0.0}, {4}),
-    ],
-    ids=str,
-)
-def test_ranks_between_distant_nested_ranks_are_not_trained(
-    gaps: dict[int, float], trained_ranks: set[int]
-) -> None:
-    """Nor is a rank without a gap, except R."""
-    shares = rank_shares(gaps, 1 / 8)
-    assert {rank for rank, share in shares.items() if share > 0} == trained_ranks
-
-
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.integers(1, 1000), st.integers(0, 99))
 def test_each_rank_gets_its_share_of_the_steps(
     weights: list[float], num_steps: int, seed: int
 ) -> None:
     total = sum(weights) + 0.1
     shares = {rank: weight / total for rank, weight in enumerate([*weights, 0.1], 1)}
-    schedule = RankSchedule(seed)
-    counts = Counter(schedule.next(shares) for _ in range(num_steps))
+    schedule = RankSchedule(shares, seed)
+    counts = Counter(schedule.next() for _ in range(num_steps))
     assert set(counts) <= set(shares)
     for rank, share in shares.items():
         assert abs(counts[rank] - share * num_steps) <= 4

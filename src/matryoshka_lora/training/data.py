@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,11 +97,17 @@ class TrainingData:
     is_causal: bool = True
     log: Callable[[dict[str, float], int], None] | None = None
 
-    def batches(self, indices: Sequence[int]) -> list[Batch]:
-        """Return some examples in batches on the device. Batches without a label are omitted."""
+    def batches(self, indices: Sequence[int], batch_size: int | None = None) -> list[Batch]:
+        """Return some examples in batches on the device. Batches without a label are omitted.
+
+        Args:
+            indices: The indices of the examples.
+            batch_size: The maximum number of examples of a batch. Defaults to the data's.
+        """
+        size = batch_size or self.batch_size
         batches: list[Batch] = []
-        for start in range(0, len(indices), self.batch_size):
-            chunk = indices[start : start + self.batch_size]
+        for start in range(0, len(indices), size):
+            chunk = indices[start : start + size]
             batch = dict(self.collate([self.examples[index] for index in chunk]))
             if self.is_causal and "labels" in batch and "shift_labels" not in batch:
                 batch["labels"] = batch["labels"].clone()
@@ -130,9 +137,10 @@ class TrainingData:
         source = self if self.validation is None else self.validation
         validation_indices = next(_permutations(len(source.examples), seed))[:max_validation]
         # The loss of a Trainer may need the same number of examples in each process.
-        batch_size = min(source.batch_size, len(validation_indices))
-        num_validation = len(validation_indices) // batch_size * batch_size
-        validation_batches = source.batches(validation_indices[:num_validation])
+        num_batches = math.ceil(len(validation_indices) / source.batch_size)
+        batch_size = len(validation_indices) // num_batches
+        num_validation = batch_size * num_batches
+        validation_batches = source.batches(validation_indices[:num_validation], batch_size)
         if not validation_batches:
             error_type = NoExamplesError if self.validation is None else MatryoshkaError
             raise error_type("No example to validate on has a label. Check the labels.")
