@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,18 +59,27 @@ def svd(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         yield adapter, rank
 
 
-def trained_ranks(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-    """Reorder the factors by SVD, and train every rank."""
+def trained_ranks(
+    trained: Trained, name: str = "trained", share: float | None = None
+) -> Iterator[tuple[NestedAdapter, int]]:
+    """Reorder the factors by SVD, and train the low ranks.
+
+    Args:
+        trained: The adapter.
+        name: The name of the deployment.
+        share: The number of examples, relative to the run. Defaults to the study's, or to the
+            package's.
+    """
     if len(trained.ranks) == 1:  # there is no smaller rank to train
         yield from svd(trained)
         return
     adapter = trained.new_adapter()
     trainer = trained.trainer
-    result = adapter.train_ranks(
-        trainer, max_examples=trained.study.max_examples, seed=trainer.args.seed
-    )
-    trained.details["trained"] = {
+    max_examples = trained.study.max_examples if share is None else share
+    result = adapter.train_ranks(trainer, max_examples=max_examples, seed=trainer.args.seed)
+    trained.details[name] = {
         "outcome": result.outcome,
+        "small_rank": result.small_rank,
         "examples_by_rank": {str(r): count for r, count in result.examples_by_rank.items()},
     }
     adapter.model.eval()
@@ -158,6 +168,7 @@ FUNCTIONS: dict[str, Deployment] = {
     "kept": kept,
     "svd": svd,
     "trained": trained_ranks,
+    "trained-1.0": partial(trained_ranks, name="trained-1.0", share=1.0),
     "squeezed": squeezed,
 }
 """The deployments by the names of `research.study.DEPLOYMENTS`."""

@@ -9,12 +9,12 @@ from typing import Any
 from research.study import LORA_EACH
 
 TRAINED = "lora/trained"
-"""The `train_ranks` of the current version."""
+"""`train_ranks`. The recorded runs are of version 0.4."""
 
 NAMES = {
     "lora/prefix": "LoRA, truncated",
     "lora/svd": "LoRA, then `reorder`",
-    "lora/trained": "**LoRA, then `train_ranks`**",
+    "lora/trained": "**LoRA, then `train_ranks` of version 0.4**",
     "lora-longer/svd": "LoRA for half as long again, then `reorder`",
     "lora/squeezed": "LoRA-Squeeze, our variant: a file for each rank",
     "matryoshka/prefix": "P, dropped after training (the paper)",

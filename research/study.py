@@ -21,7 +21,7 @@ RUNS = ROOT / "research" / "runs"
 LORA_EACH = "lora-each"
 """The reference: a LoRA for each rank, trained at this rank."""
 
-DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "squeezed")
+DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "trained-1.0", "squeezed")
 """The ways to deploy a trained adapter; see `research.deployments`."""
 
 WITHOUT_TRAINING = ("prefix", "kept", "svd")
@@ -172,7 +172,7 @@ class Study:
         needs_judge = any("facts" not in source for source in sources)
         for method in self.methods:
             _, deployment = parse_method(method)
-            if deployment == "trained" and needs_judge and not self.items["judge"]:
+            if deployment.startswith("trained") and needs_judge and not self.items["judge"]:
                 raise MatryoshkaError(
                     f"{method} needs examples that decide whether the ranks are kept, and that are "
                     "not measured. Set items.judge."

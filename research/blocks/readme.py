@@ -56,7 +56,6 @@ def readme_table() -> str:
 def readme_findings() -> str:
     """The bullets below the table: harder tests, what the rivals are, and P."""
     trained, lora = (_median_at_rank_2("capacity", name) for name in (TRAINED, LORA_EACH))
-    alone = _median_at_rank_2("capacity-2", TRAINED)
     minus_squeezed = [
         f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(1)), '+')} and "
         f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(2)), '+')}"
@@ -79,14 +78,13 @@ def readme_findings() -> str:
         f"{file['bytes_before'] / 1e6:.0f} to {file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, "
         f"takes {file['cpu_seconds']:.0f} seconds of CPU time. "
         "[Other tools](docs/performance.md#files).",
-        "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
-        f"means at the ranks 1 and 2, in points: {minus_squeezed[0]} on the facts;",
+        "* **`train_ranks` of version 0.4 minus [LoRA-Squeeze]"
+        "(https://arxiv.org/abs/2602.10993)**, our variant, means at the ranks 1 and 2, in "
+        f"points: {minus_squeezed[0]} on the facts;",
         f"  {minus_squeezed[1]} with fewer trainable parameters; {minus_squeezed[2]} with 512 "
         "facts.",
         f"* **With fewer trainable parameters**, `train_ranks` has {trained} % at rank 2, and "
-        f"LoRA trained at rank 2 {lora} %. If you need rank 2 only,",
-        f"  nest [`(2, 32)`](docs/reorder.md#what-train_ranks-does): it then has {alone} % "
-        "(medians of 5 seeds).",
+        f"LoRA trained at rank 2 {lora} % (medians of 5 seeds).",
         f"* **LoRA trained at rank 1** is better on the facts: {min(references):.1f} to "
         f"{max(references):.1f} %, with the best of nine rates and three warmups. "
         f"`train_ranks` has {100 * min(shares):.1f} to {100 * max(shares):.1f} %.",

@@ -392,20 +392,6 @@ def nesting_controls_findings() -> str:
     )
 
 
-@block
-def one_small_rank() -> str:
-    """The nested ranks for one small rank."""
-    alone, nested = (
-        median_and_lowest(study, TRAINED, accuracy_at(2)) for study in ("capacity-2", "capacity")
-    )
-    return (
-        "* **For one small rank**, nest it and R only, `nest(model, ranks=(2, 32))`: all steps go "
-        "to them. On 256 facts, with two kinds of\n  layers, rank 2 then has "
-        f"{alone} % right answers; among ten nested ranks it has {nested} % ([results]"
-        "(results.md#where-rank-matters),\n  medians and the lowest of five seeds)."
-    )
-
-
 # Ordinary tasks, where rank hardly matters: the study ``ordinary``.
 
 LONGER = "lora-longer/svd"

@@ -18,7 +18,7 @@ class FakeAdapter:
 
     def train_ranks(self, trainer: Any, max_examples: int, seed: int) -> TrainRanksResult:
         assert max_examples == 24
-        return TrainRanksResult(None, "kept", {1: 16, 2: 8}, {1: 1.0, 4: 0.5}, {1: 0.6, 4: 0.5})
+        return TrainRanksResult(None, "kept", 2, {1: 16, 2: 8}, {1: 1.0, 4: 0.5}, {1: 0.6})
 
 
 def test_trained_ranks_record_their_outcome_and_examples() -> None:
@@ -33,5 +33,5 @@ def test_trained_ranks_record_their_outcome_and_examples() -> None:
     adapters: list[Any] = list(trained_ranks(cast("Trained", trained)))
     assert adapters == [(adapter, 1), (adapter, 4)]
     assert trained.details == {
-        "trained": {"outcome": "kept", "examples_by_rank": {"1": 16, "2": 8}}
+        "trained": {"outcome": "kept", "small_rank": 2, "examples_by_rank": {"1": 16, "2": 8}}
     }

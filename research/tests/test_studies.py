@@ -384,17 +384,6 @@ def test_choices_are_answered_at_every_rank(tmp_path: Path) -> None:
 PUBLIC_NAMES = {
     "matryoshka_lora": set(matryoshka_lora.__all__),
     "matryoshka_lora.peft.base_model": {"load_model", "load_tokenizer"},
-    # research.low_ranks compares other ways to train the ranks.
-    "matryoshka_lora.training.data": {"TrainingData", "read_training_data"},
-    "matryoshka_lora.training.factors": {"FactorMatrices", "ModelFactors"},
-    "matryoshka_lora.training.train_ranks": {
-        "Hyperparameters",
-        "PrefixAdam",
-        "RankSchedule",
-        "loss_and_gradients",
-        "trainable_factors",
-        "validation_losses",
-    },
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -109,7 +110,8 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
             ``base_revision`` and ``dtype`` are the base model's. ``data`` and ``eval_data`` are a
             file or a list of files, a Hub dataset, or keyword arguments of
             ``datasets.load_dataset``. ``lora`` has fields of ``peft.LoraConfig``. ``nesting`` has
-            ranks, scaling, rule, seed, deploy and train_ranks. All other keys are fields of
+            ranks, scaling, rule, seed, deploy and train_ranks: true, false, or the number of
+            examples relative to the run, such as 0.5. All other keys are fields of
             ``trl.SFTConfig``.
         overrides: ``"key=value"``; a key of a section is ``"lora.r"``. The value is YAML.
 
@@ -199,9 +201,11 @@ def _check_nesting(section: Mapping[str, Any]) -> dict[str, Any]:
     """Check the section ``nesting``; return it with a list of ranks and with ``train_ranks``."""
     nesting = {key: value for key, value in section.items() if value is not None}
     train_ranks = nesting.setdefault("train_ranks", True)
-    if not isinstance(train_ranks, bool):
+    is_share = isinstance(train_ranks, float) and 0 < train_ranks < math.inf
+    if not (is_share or isinstance(train_ranks, bool)):
         raise MatryoshkaError(
-            f"nesting.train_ranks must be true or false, got {short(train_ranks)}."
+            "nesting.train_ranks must be true, false, or a number of examples relative to the run "
+            f"such as 0.5, got {short(train_ranks)}."
         )
     rule = get_rule(nesting.get("rule", "lora"))
     check_choice("scaling", nesting.get("scaling", "none"), get_args(Scaling))
@@ -253,8 +257,7 @@ def train(config: Mapping[str, Any]) -> TrainResult:
             unfinished.rename(path)
         result = TrainResult(path)
     else:
-        with_ranks = config["nesting"]["train_ranks"]
-        result = _train_ranks_and_save(adapter, trainer, path, with_ranks)
+        result = _train_ranks_and_save(adapter, trainer, path, config["nesting"]["train_ranks"])
     trainer.accelerator.end_training()
     return result
 
@@ -450,18 +453,21 @@ def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
 
 
 def _train_ranks_and_save(
-    adapter: NestedAdapter, trainer: SFTTrainer, path: Path, with_ranks: bool
+    adapter: NestedAdapter, trainer: SFTTrainer, path: Path, share: bool | float
 ) -> TrainResult:
     """Train the ranks, if asked for, and let the first process save the adapter and tokenizer."""
     # Restore the forward that accelerate has replaced, and leave train mode: the run is over.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     ranks_result = None
-    if with_ranks and adapter.deploy != "paper":
+    if share and adapter.deploy != "paper":
         logger.info(
-            "Training every rank. If the process is killed, the same command repeats this part."
+            "Training the low ranks. If the process is killed, the same command repeats this part."
         )
+        max_examples = None if share is True else share
         try:
-            ranks_result = adapter.train_ranks(trainer, seed=trainer.args.seed)
+            ranks_result = adapter.train_ranks(
+                trainer, max_examples=max_examples, seed=trainer.args.seed
+            )
         except MatryoshkaError as error:
             logger.warning("The ranks were not trained: %s", error)
     if not trainer.is_world_process_zero():

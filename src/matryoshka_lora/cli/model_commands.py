@@ -120,11 +120,11 @@ def train_ranks(
     dtype: DtypeOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Train every rank of an adapter for a short while, to lower the loss of the small ranks.
+    """Train the low ranks of an adapter, in a small adapter of their own. Rank R stays the same.
 
-    The adapter is reordered by SVD if it is not yet. The trained factors are kept only if they
-    lower the mean loss of the nested ranks on validation examples. Pass examples that are in no
-    training data with --eval-data, if you can.
+    The adapter is reordered by SVD if it is not yet. Trained ranks are kept only if they lower the
+    loss on validation examples. Pass examples that are in no training data with --eval-data, if you
+    can.
 
     Example: matryoshka train-ranks some-lora --data my.jsonl --eval-data more.jsonl -o nested
     """

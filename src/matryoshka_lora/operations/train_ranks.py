@@ -1,4 +1,4 @@
-"""Train every rank of a LoRA in a PEFT folder on examples."""
+"""Train the low ranks of a LoRA in a PEFT folder on examples."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def train_ranks(
     seed: int = 0,
     force: bool = False,
 ) -> TrainRanksResult:
-    """Train every rank of a LoRA for a few steps, and write it as a nested adapter.
+    """Train the low ranks of a LoRA, and write it as a nested adapter.
 
-    See `NestedAdapter.train_ranks`. If the trained factors are not kept, the output holds the
-    factors of the source, reordered by SVD unless they have an order.
+    See `NestedAdapter.train_ranks`. The factors of the output are those of the source, reordered by
+    SVD unless they have an order. The trained ranks are in the subfolder ``small``.
 
     Args:
         source: A PEFT folder, or its Hub id.
