@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.models import NestedLayer, nested_layer, nested_llama, tiny_llama
 from helpers.oracle import KINDS
+from helpers.small_adapter import add_small_adapter
 from peft import PeftModel
 from torch import Tensor
 
@@ -24,23 +25,10 @@ SMALL_RANK = 3
 TOKENS = torch.arange(3, 60)[None]
 
 
-def add_small_adapter(adapter: NestedAdapter, seed: int = 5) -> FactorMatrices:
-    """Give the low ranks of a reordered adapter random factors of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    small: FactorMatrices = {}
-    for name, (A, B) in adapter.factors.copy().items():
-        small[name] = (
-            torch.randn(SMALL_RANK, A.shape[1], generator=generator, dtype=A.dtype) * 0.3,
-            torch.randn(len(B), SMALL_RANK, generator=generator, dtype=A.dtype) * 0.3,
-        )
-    adapter.set_small_factors(small)
-    return small
-
-
 def adapter_with_small(seed: int = 0) -> NestedAdapter:
     adapter = nested_llama(NESTING, "lora", seed=seed)
     adapter.reorder()
-    add_small_adapter(adapter)
+    add_small_adapter(adapter, SMALL_RANK)
     return adapter
 
 
@@ -78,7 +66,7 @@ def test_low_ranks_are_prefixes_of_the_small_adapter(kind: str, way: str) -> Non
     layer = nested_layer(kind, NESTING, "lora")
     adapter = layer.adapter
     adapter.reorder()
-    small = add_small_adapter(adapter)
+    small = add_small_adapter(adapter, SMALL_RANK)
     x = layer.kind.batch(9)
     adapter.model.eval()
     if way == "rows":
@@ -122,7 +110,7 @@ def test_a_saved_adapter_has_the_same_ranks(tmp_path: Path) -> None:
     adapter = nested_llama(NESTING, "lora")
     adapter.reorder()
     before = {rank: logits_at(adapter, rank) for rank in range(SMALL_RANK + 1, 9)}
-    add_small_adapter(adapter)
+    add_small_adapter(adapter, SMALL_RANK)
     for rank, logits in before.items():
         assert torch.equal(logits_at(adapter, rank), logits)
     adapter.save(tmp_path / "nested")
@@ -194,7 +182,7 @@ def test_the_state_dict_of_peft_is_plain_lora() -> None:
     adapter = nested_llama(NESTING, "lora")
     adapter.reorder()
     keys = set(adapter.model.state_dict())
-    add_small_adapter(adapter)
+    add_small_adapter(adapter, SMALL_RANK)
     assert set(adapter.model.state_dict()) == keys
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import LINEAR_LAYERS, randomize
+from helpers.small_adapter import add_small_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from matryoshka_lora import export
+from matryoshka_lora import export, nest
 from matryoshka_lora.bundled_model import bundled_gguf_path, bundled_model_path
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
@@ -27,6 +28,7 @@ NUM_TOP_TOKENS = 10
 """The log-probabilities of this many of llama.cpp's most likely tokens are compared."""
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests in the shade of a tree."
 EXPORTS: dict[str, dict[str, Any]] = {
+    # Of the small adapter, and of the main one.
     "rank-1": {"rank": 1},
     "rank-8": {"rank": 8},
     "mixed-ranks": {"keep": 0.6},
@@ -112,11 +114,14 @@ def test_llama_cpp_computes_what_peft_does(tmp_path: Path) -> None:
     config = LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR_LAYERS)
     model = get_peft_model(load_model(dtype=torch.float32, device="cpu"), config)
     randomize(model, size=0.03)
-    model.save_pretrained(tmp_path / "plain")
+    adapter = nest(model)
+    adapter.reorder()
+    add_small_adapter(adapter, rank=2, size=0.03)
+    adapter.save(tmp_path / "nested")
     for name, options in EXPORTS.items():
         file = tmp_path / f"{name}.gguf"
-        export(tmp_path / "plain", file, base_model=str(bundled_model_path()), **options)
-        export(tmp_path / "plain", tmp_path / name, **options)
+        export(tmp_path / "nested", file, base_model=str(bundled_model_path()), **options)
+        export(tmp_path / "nested", tmp_path / name, **options)
     save_float32_gguf(tmp_path / "base.gguf")
     server = start_server(tmp_path / "base.gguf", [tmp_path / f"{name}.gguf" for name in EXPORTS])
 

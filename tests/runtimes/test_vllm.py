@@ -21,9 +21,10 @@ import pytest
 import torch
 from helpers.many_adapters import NUM_ADAPTERS, save_many_adapters
 from helpers.models import LINEAR_LAYERS
+from helpers.small_adapter import add_small_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from matryoshka_lora import export, export_folder, reorder
+from matryoshka_lora import export, export_folder, nest
 from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
@@ -53,7 +54,7 @@ VLLM_OPTIONS = [
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a nested adapter on the bundled model with components of one size."""
+    """Return a nested adapter on the bundled model with a small adapter for the ranks 1 and 2."""
     folder = tmp_path_factory.mktemp("vllm")
     config = LoraConfig(r=MAX_RANK, lora_alpha=MAX_RANK, target_modules=LINEAR_LAYERS)
     model = get_peft_model(load_model(dtype=torch.float32), config)
@@ -61,8 +62,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.12)
-    model.save_pretrained(folder / "plain")
-    reorder(folder / "plain", folder / "noise")
+    adapter = nest(model)
+    adapter.reorder()
+    add_small_adapter(adapter, rank=2, size=0.05)
+    adapter.save(folder / "noise")
     return folder / "noise"
 
 

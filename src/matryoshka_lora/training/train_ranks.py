@@ -142,7 +142,7 @@ def train_ranks(
                 ", ".join(f"{rank}: {loss:.3f}" for rank, loss in before.items()),
             )
             return TrainRanksResult(None, "nothing to train", 0, {}, before, {}), None
-        # The first rank that is not behind has learned what the ones below it may learn.
+        # The first rank above all that are behind, or else the largest one below R.
         k = min([rank for rank in smaller_ranks if rank > behind[-1]], default=smaller_ranks[-1])
         low_ranks = [rank for rank in smaller_ranks if rank <= k]
         ratio = num_examples / split.num_validation
