@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median_low
 
 from matryoshka_lora.errors import printable
@@ -72,7 +72,10 @@ def mark_large_errors(errors: Sequence[float]) -> list[str]:
 
 
 def format_errors(
-    errors: Mapping[int, float], whole: str, sizes: Mapping[int, int] | None = None
+    errors: Mapping[int, float],
+    whole: str,
+    sizes: Mapping[int, int] | None = None,
+    trained_ranks: Collection[int] = (),
 ) -> list[str]:
     """Return a table of the relative error, and of the file size, at each rank.
 
@@ -80,15 +83,20 @@ def format_errors(
         errors: The relative error by rank.
         whole: What the error is relative to, such as ``"update"``.
         sizes: The size in bytes by rank.
+        trained_ranks: The ranks that were trained, so that they minimise the loss.
     """
     rows = [["rank", "size", "error", "kept"]]
     for rank, error in errors.items():
         size = format_size(sizes[rank]) if sizes else ""
-        rows.append([str(rank), size, format_percent(error), format_percent(1 - error**2)])
+        kept = "trained" if rank in trained_ranks else format_percent(1 - error**2)
+        rows.append([str(rank), size, format_percent(error), kept])
     if not sizes:
         rows = [[row[0], *row[2:]] for row in rows]
+    lines = format_table(rows)
+    if trained_ranks:
+        lines.append("  trained: the rank minimises the loss, and not the error")
     return [
-        *format_table(rows),
+        *lines,
         f"  error: norm of what is truncated, relative to the norm of the {whole}",
         f"  kept: share of the squared norm of the {whole}",
     ]

@@ -88,7 +88,7 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
     assert (output / "tokenizer_config.json").is_file()
     export(output, tmp_path / "rank-1", 1)
     loss_at_rank_1 = loss_of_folder(base_folder, tmp_path / "rank-1")
-    assert loss_at_rank_1 == pytest.approx(result.losses_after[1], abs=1e-3)
+    assert loss_at_rank_1 == pytest.approx(result.losses_after[1], abs=0.02)
     assert loss_at_rank_1 < result.losses_before[1] - 0.1
     loss_before = loss_of_folder(base_folder, lora_folder)
     assert loss_of_folder(base_folder, output) == pytest.approx(loss_before, abs=1e-5)

@@ -26,6 +26,7 @@ from helpers.models import (
     tiny_mixtral,
 )
 from helpers.plain_peft import IDS, by_peft, is_close, logits, plain_adapter
+from helpers.small_adapter import add_small_adapter
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
@@ -232,6 +233,13 @@ def test_options_of_lora_config(option: str, tmp_path: Path) -> None:
     adapter.reorder()
     adapter.set_rank(2)
     assert is_close(logits(loaded.model), logits(model), 1e-4)
+    add_small_adapter(adapter)
+    adapter.save(tmp_path / "with-small")
+    assert not is_close(logits(loaded.model), logits(model), 1e-2)
+    loaded = load(llama_with_biases(), tmp_path / "with-small", rank=2, adapter_name="mine")
+    assert is_close(logits(loaded.model), logits(model))
+    adapter.export(tmp_path / "rank-2", 2)
+    assert is_close(by_peft(tmp_path / "rank-2", llama_with_biases), logits(model), 1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

@@ -217,7 +217,16 @@ def test_errors_of_low_ranks_are_relative_to_the_whole_adapter(tmp_path: Path, r
     assert info.errors[rank] == pytest.approx(expected)
     result = ml.export(tmp_path / "nested", tmp_path / "exported", rank)
     assert result.errors == pytest.approx({rank: expected})
-    assert ml.open(tmp_path / "exported").original_error == pytest.approx(expected)
+    assert ml.open(tmp_path / "exported").original_error == pytest.approx(expected, abs=1e-6)
+    ladder = ml.export(tmp_path / "nested", tmp_path / "ladder", [rank, 6], "ladder")
+    assert ladder.errors == pytest.approx({rank: expected, 6: info.errors[6]})
+    saved = lora.nested().save(tmp_path / "again")
+    assert saved.errors == pytest.approx({r: info.errors[r] for r in (1, 2, 4, 8)})
+    assert "trained" in repr(result)
+    for text in (repr(info), repr(ladder)):
+        is_trained = {line.split()[0]: line.endswith("trained") for line in text.splitlines()[-8:]}
+        assert is_trained.get(str(rank), True)
+        assert not is_trained.get("6")
     assert f"up to {SMALL_RANK} trained" in repr(info)
 
 

@@ -19,6 +19,7 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
     adapter_name = Path(lora.name).resolve().name
     ranks_before = lora.ranks
     written_nested: Written | None = None
+    small: Written | None = None
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         if lora.order is None and lora.deploy != "paper":
             written_nested = peft_folder.write(lora.nested(), Path(cache), target)
@@ -32,4 +33,9 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
                 ranks_at_rank = {name: min(rank, before) for name, before in ranks_before.items()}
                 lora_at_rank = with_ranks(lora, ranks_at_rank)
             written = peft_folder.write(lora_at_rank, output, target)
-    return replace(written_nested or written, ranks=written.ranks, error_ranks=ranks)
+            if rank <= lora.small_rank:
+                small = written
+    errors = written_nested or written
+    if small is not None and small is not errors:
+        errors = errors.with_small(small)
+    return replace(errors, ranks=written.ranks, error_ranks=ranks)

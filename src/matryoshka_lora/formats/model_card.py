@@ -174,7 +174,9 @@ def model_card(
         elif lora.small is not None:
             available += f"; the ranks up to {lora.small_rank} were trained, and are in `small`"
         rows = ["| rank | relative error of the update |", "|---|---|"]
-        rows += [f"| {rank} | {error:.1%} |" for rank, error in errors.items()]
+        for rank, error in errors.items():
+            trained = " (trained)" if rank <= lora.small_rank else ""
+            rows.append(f"| {rank} | {error:.1%}{trained} |")
         paragraphs += [
             f"The adapter is nested: it can be deployed at {available}. To write another rank:",
             "```\nmatryoshka export THIS_FOLDER --rank RANK --output OUTPUT\n```",

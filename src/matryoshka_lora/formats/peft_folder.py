@@ -233,10 +233,11 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
         MatryoshkaError: Layers of experts have different ranks.
     """
     lora = _prepare(lora)
+    written = _write_adapter(lora, folder)
     if lora.nesting is not None and lora.small is not None:
         (folder / SMALL_FOLDER).mkdir()
-        _write_adapter(_prepare(lora.small), folder / SMALL_FOLDER)
-    written = _write_adapter(lora, folder)
+        small = _write_adapter(_prepare(lora.small), folder / SMALL_FOLDER)
+        written = written.with_small(small)
     # The files in a folder that is not PEFT's may belong to anything.
     source_folders = [file.parent for file in lora.files if (file.parent / CONFIG_NAME).is_file()]
     cards = [read_source_card(source) for source in source_folders]

@@ -161,13 +161,19 @@ class Lora:
     def squared_errors(self) -> dict[str, Float64Array]:
         """Return the squared error of each rank from 0 to R by layer, shape (R + 1,).
 
-        It is the squared norm of what truncation to a rank would drop. All factors are read.
+        It is the squared norm of the difference that truncation to a rank makes. All factors are
+        read.
         """
+        errors: dict[str, Float64Array] = {}
+        small_layers = () if self.small is None else self.small.layers
         with single_threaded():
-            return {
-                layer.name: truncate.squared_errors(self, layer)
-                for layer in progress_bar(self.layers, "computing errors")
-            }
+            for layer in progress_bar(self.layers, "computing errors"):
+                errors[layer.name] = truncate.squared_errors(self, layer)
+            for layer in small_layers:
+                small_errors = layer.read().squared_errors
+                assert small_errors is not None  # see `with_small`
+                errors[layer.name] = truncate.with_small_errors(errors[layer.name], small_errors)
+        return errors
 
     def map(self, function: Callable[[Factors], Factors]) -> Lora:
         """Return a LoRA whose factors are computed from the factors of each layer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from matryoshka_lora.errors import (
 from matryoshka_lora.linalg.arrays import Float64Array, cast
 from matryoshka_lora.linalg.factors import compose_errors, relative_error, relative_errors
 from matryoshka_lora.lora.layer import Factors, Layer
-from matryoshka_lora.lora.truncate import prefix_errors
+from matryoshka_lora.lora.truncate import prefix_errors, with_small_errors
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, Format, FormatName, Target
 from matryoshka_lora.text import format_ranks
@@ -59,6 +59,14 @@ class Written:
     def relative_errors(self, ranks: Iterable[int]) -> dict[int, float]:
         """Return the relative error of each of several ranks."""
         return relative_errors(self.squared_errors, ranks)
+
+    def with_small(self, small: Written) -> Written:
+        """Return the result with the errors of the ranks that a small adapter has."""
+        errors = {
+            name: with_small_errors(errors, small.squared_errors[name])
+            for name, errors in self.squared_errors.items()
+        }
+        return replace(self, squared_errors=errors)
 
     def original_error(self, lora: Lora) -> float:
         """Return the relative error of the output against the original of a LoRA.

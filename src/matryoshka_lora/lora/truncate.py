@@ -56,6 +56,16 @@ def nested(lora: Lora) -> Lora:
     return replace(with_ranks(lora, ranks), nesting=nesting, small=lora.small, deploy=lora.deploy)
 
 
+def with_small_errors(errors: Float64Array, small_errors: Float64Array) -> Float64Array:
+    """Return the squared errors of the ranks of a LoRA with a small adapter.
+
+    Args:
+        errors: The squared error of each rank from 0 to R of the main adapter, shape (R + 1,).
+        small_errors: The same of the small adapter up to k, shape (k + 1,).
+    """
+    return np.concatenate([small_errors, errors[len(small_errors) :]])
+
+
 def with_small(lora: Lora, small: Lora) -> Lora:
     """Return a LoRA whose ranks up to the rank of a small adapter are that adapter's prefixes.
 
@@ -248,17 +258,8 @@ def squared_errors(lora: Lora, layer: Layer) -> Float64Array:
 
 
 def prefix_errors(lora: Lora, layer: Layer, factors: Factors) -> Float64Array:
-    """Return the squared error of each prefix from 0 to R of a layer's factors, shape (R + 1,).
-
-    A rank of the small adapter has the error of its prefix.
-    """
-    errors = truncation_errors(factors.A, factors.B, _scales(lora, layer))
-    if lora.small is not None:
-        (small_layer,) = [other for other in lora.small.layers if other.name == layer.name]
-        small_errors = small_layer.read().squared_errors
-        assert small_errors is not None  # see `with_small`
-        errors[1 : len(small_errors)] = small_errors[1:]
-    return errors
+    """Return the squared error of each prefix from 0 to R of a layer's factors, shape (R + 1,)."""
+    return truncation_errors(factors.A, factors.B, _scales(lora, layer))
 
 
 def _scales(lora: Lora, layer: Layer) -> list[float]:

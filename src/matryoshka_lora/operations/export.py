@@ -90,6 +90,7 @@ class ExportResult:
         errors: The relative error of the output, by its largest rank: the norm of what it misses
             over the norm of the update. A ladder has one entry per rank, other formats have one.
         notes: Remarks for the user, one sentence each.
+        trained_ranks: The ranks in ``errors`` that were trained, so that they minimise the loss.
     """
 
     path: Path
@@ -99,21 +100,24 @@ class ExportResult:
     size_after: int
     errors: dict[int, float]
     notes: tuple[str, ...] = ()
+    trained_ranks: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         """Return the ranks, sizes, errors and notes, as `matryoshka export` prints them."""
         sizes = f"{format_size(self.size_before)} -> {format_size(self.size_after)}"
         if len(self.errors) > 1:
             lines = [f"{self.path}: ranks {', '.join(map(str, self.errors))}, {sizes}"]
-            lines += format_errors(self.errors, "update")
+            lines += format_errors(self.errors, "update", trained_ranks=self.trained_ranks)
         else:
             ranks = format_ranks(self.ranks.values())
             by_layer = ", by layer" if " to " in ranks else ""
             (error,) = self.errors.values()
-            kept = format_percent(1 - error**2)
+            remark = f"{format_percent(1 - error**2)} of the squared norm kept"
+            if self.trained_ranks:
+                remark = "the rank was trained: it minimises the loss, and not the error"
             lines = [
                 f"{self.path}: {ranks}{by_layer}, {sizes}",
-                f"Relative error {format_percent(error)} ({kept} of the squared norm kept)",
+                f"Relative error {format_percent(error)} ({remark})",
             ]
         if FORMATS[self.format].is_lora and self.size_after >= self.size_before:
             lines.append("The output is not smaller than the source.")
@@ -294,8 +298,11 @@ def _export(
             f"the output has {result.written.original_error(changed):.1%}."
         )
     errors = result.errors
-    if not is_ladder:
+    if is_ladder:
+        trained_ranks = tuple(rank for rank in errors if rank <= changed.small_rank)
+    else:
         errors = {max(result.ranks.values()): result.written.relative_error()}
+        trained_ranks = tuple(errors) if changed.order == "trained" else ()
     return ExportResult(
         result.path,
         output_format.name,
@@ -304,6 +311,7 @@ def _export(
         size_after=result.size,
         errors=errors,
         notes=(*changed.notes, *notes),
+        trained_ranks=trained_ranks,
     )
 
 

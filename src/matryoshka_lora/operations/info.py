@@ -112,7 +112,8 @@ class LoraInfo:
         if self.layers:
             lines += ["", *_format_layers(self.layers)]
         errors = {rank: self.errors[rank] for rank in lora.nested_ranks}
-        lines += ["", *format_errors(errors, "update", self.sizes)]
+        trained_ranks = range(1, lora.small_rank + 1)
+        lines += ["", *format_errors(errors, "update", self.sizes, trained_ranks)]
         if not lora.has_singular_order:
             lines.append(
                 "  The components are not ordered by singular values, so `export` takes a `rank`, "
