@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from research.runs import Curve, Job, Run
-from research.study import LORA_EACH, WITHOUT_TRAINING, Study, parse_method
+from research.study import LORA_EACH, WITHOUT_TRAINING, Study, load_study, parse_method
 
 MAX_RATES = 9
 """The grid of a method does not grow beyond this number of rates."""
@@ -109,8 +109,12 @@ def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
     `FINALISTS` of them have diverged with no seed. The rate with the lowest mean over the seeds is
     chosen, or the lowest rate that every seed has tried and whose mean is within ``study.within``
     nats of it. Where the chosen rate is the lowest of the grid, or the best rate is at an end, the
-    grid grows.
+    grid grows. A study with ``rates_of`` has the rates of another one.
     """
+    if study.rates_of:
+        source = load_study(study.rates_of)
+        deployment, _, _ = unit.deployment.partition("-")  # trained-1.0 has the rate of trained
+        return rates(source, source.load_runs(), unit._replace(deployment=deployment))
     grid = sorted(study.learning_rates)
     ratio_down = grid[1] / grid[0]
     ratio_up = grid[-1] / grid[-2]

@@ -127,7 +127,9 @@ def _description(
         "questions": ", ".join(
             f"{count} of {split}" for split, count in study.items.items() if count
         ),
-        "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)}; "
+        "learning rates": f"those of `{study.rates_of}`"
+        if study.rates_of
+        else f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)}; "
         f"validation seeds {', '.join(map(str, study.rate_seeds))}",
         "seeds": ", ".join(f"{count} of {task}" for task, count in seeds.items()),
         "versions": "; or ".join(

@@ -128,6 +128,8 @@ class Study:
         reference_ranks: The ranks of ``lora-each``; empty means all nested ranks.
         max_examples: The argument of `matryoshka_lora.NestedAdapter.train_ranks`.
         also: The names of studies whose runs this one uses too.
+        rates_of: The name of a study whose chosen learning rates this one uses; empty if it chooses
+            its own.
         threads: The threads of a run. They change the rounding of its numbers.
     """
 
@@ -150,6 +152,7 @@ class Study:
     reference_ranks: tuple[int, ...] = ()
     max_examples: int | None = None
     also: tuple[str, ...] = ()
+    rates_of: str = ""
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -158,7 +161,7 @@ class Study:
                 f"{self.name}: the last of ranks must be rank, {self.rank}, got {self.ranks[-1]}."
             )
         grid = list(self.learning_rates)
-        if len(grid) < 2 or grid != sorted(set(grid)):
+        if not self.rates_of and (len(grid) < 2 or grid != sorted(set(grid))):
             raise MatryoshkaError(
                 f"{self.name}: learning_rates.grid must be at least two increasing rates, got "
                 f"{grid}."
@@ -285,6 +288,7 @@ def make_study(name: str, content: Mapping[str, Any]) -> Study:
     """
     fields = dict(content)
     rates = fields.pop("learning_rates")
+    rates_of = rates.get("of", "")
     items = {"judge": 0, **fields.pop("items")}
     default_ranks = Nesting.powers_of_two(fields.get("rank", 32)).ranks
     nesting = Nesting(fields.pop("ranks", None) or default_ranks)
@@ -293,8 +297,9 @@ def make_study(name: str, content: Mapping[str, Any]) -> Study:
         methods=tuple(fields.pop("methods")),
         tasks=fields.pop("tasks"),
         seeds=tuple(fields.pop("seeds")),
-        learning_rates=tuple(map(float, rates["grid"])),
-        rate_seeds=tuple(rates["seeds"]),
+        learning_rates=() if rates_of else tuple(map(float, rates["grid"])),
+        rate_seeds=() if rates_of else tuple(rates["seeds"]),
+        rates_of=rates_of,
         within=float(rates.get("within", 0)),
         items=items,
         ranks=nesting.ranks,
