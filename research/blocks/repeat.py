@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
+
+import numpy as np
 
 from research.blocks.shared import block, read, table
 from research.runs import read_runs
 from research.study import RUNS, STUDIES, load_study
+
+LOW_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32)
+"""The ranks of each line of ``runs/low-ranks.jsonl``."""
 
 
 @block
@@ -56,3 +61,60 @@ def tries() -> str:
         )
     heading = ["version", "task or study", "kind", "tries", "rank 1, %", "rank 2, %"]
     return table([*heading, "loss at rank 1"], rows)
+
+
+_WAYS = {
+    "reordered": "`reorder`",
+    "trained": "`train_ranks` of version 0.4",
+    "joint": "joint",
+    "own": "a small adapter",
+    "own-0.5": "a small adapter, rates 0.1 r^-0.5, 16 examples a step",
+}
+_SHOWN_RANKS = (1, 2, 4, 8, 32)
+
+
+@block
+def low_ranks() -> str:
+    """The ways to train the low ranks, on validation seeds."""
+    cells = read("research/runs/low-ranks.jsonl")
+    rows: list[list[str]] = []
+    means: dict[str, list[float]] = {}
+    for task in dict.fromkeys(f"{cell['study']}: {cell['task']}" for cell in cells):
+        for way, name in _WAYS.items():
+            of_way = [c for c in cells if f"{c['study']}: {c['task']}" == task and c["way"] == way]
+            if not of_way:
+                continue
+            mean = fmean(_mean_loss(cell["loss"]) for cell in of_way)
+            means.setdefault(way, []).append(mean)
+            losses = [fmean(_at(cell["loss"], rank) for cell in of_way) for rank in _SHOWN_RANKS]
+            shares = [fmean(_at(cell["accuracy"], rank) for cell in of_way) for rank in (1, 2, 4)]
+            seeds = {cell["seed"] for cell in of_way}
+            rows.append(
+                [
+                    task,
+                    name,
+                    f"{mean:.4f}",
+                    *(f"{loss:.3f}" for loss in losses[:-1]),
+                    f"{losses[-1]:.4f}",
+                    *(f"{100 * share:.1f}" for share in shares),
+                    f"{len(seeds)}, {len(of_way)}",
+                ]
+            )
+    heading = ["study and task", "way", "mean loss", *(f"rank {rank}" for rank in _SHOWN_RANKS)]
+    heading += [*(f"rank {rank}, %" for rank in (1, 2, 4)), "seeds, runs"]
+    num_tasks = len(means["reordered"])
+    summary = ", ".join(
+        f"{_WAYS[way]} {fmean(values):.4f}"
+        for way, values in means.items()
+        if len(values) == num_tasks
+    )
+    return f"{table(heading, rows)}\nThe mean over the tasks, in nats: {summary}."
+
+
+def _at(values: Sequence[float], rank: int) -> float:
+    return values[LOW_RANKS.index(rank)]
+
+
+def _mean_loss(losses: Sequence[float]) -> float:
+    """Return the mean loss over log2 of the rank, by the trapezoid rule."""
+    return float(np.trapezoid(losses, np.log2(LOW_RANKS)) / np.log2(LOW_RANKS[-1]))
