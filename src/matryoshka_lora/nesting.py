@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, short
 
 Scaling = Literal["none", "rank", "sqrt"]
-Order = Literal["svd", "trained"]
+Order = Literal["svd", "weighted", "trained"]
 Deploy = Literal["reordered", "paper"]
 
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from matryoshka_lora.linalg.factors import (
+    DAMPING,
     Checksum,
     pad_end,
+    reorder_by_moments,
     reorder_factors,
     singular_values,
     squared_tails,
@@ -247,3 +249,23 @@ def test_the_checksum_detects_every_change(dtype: Any) -> None:
         checksum((-A, -B)),
     }
     assert len(checksums) == 7
+
+
+@given(sizes, st.integers(0, 10**6))
+def test_every_prefix_has_the_least_expected_change(rank: int, seed: int) -> None:
+    """By the SVD of the dense ``G^(1/2) B A C^(1/2)``, with the same damping."""
+    rng = np.random.default_rng(seed)
+    A, B = rng.standard_normal((rank, rank + 5)), rng.standard_normal((rank + 3, rank))
+    x, g = rng.standard_normal((40, rank + 5)), rng.standard_normal((40, rank + 3))
+    C, G = x.T @ x, g.T @ g
+    new_A, new_B, values = reorder_by_moments(A, B, A @ C @ A.T, B.T @ G @ B)
+    assert_close(new_B @ new_A, B @ A, size=10)
+    assert_close(np.linalg.norm(new_A, axis=1), np.linalg.norm(new_B, axis=0))
+    C += DAMPING * np.trace(A @ C @ A.T) / np.trace(A @ A.T) * np.eye(len(C))
+    G += DAMPING * np.trace(B.T @ G @ B) / np.trace(B.T @ B) * np.eye(len(G))
+    root_G, root_C = np.linalg.cholesky(G).T, np.linalg.cholesky(C)
+    errors = best_errors(root_G @ B @ A @ root_C)
+    for r in range(rank + 1):
+        missing = root_G @ (B @ A - new_B[:, :r] @ new_A[:r]) @ root_C
+        assert_close(np.linalg.norm(missing), errors[r], size=100)
+        assert_close(np.sqrt(np.sum(values[r:] ** 2)), errors[r], size=100)

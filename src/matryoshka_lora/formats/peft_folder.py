@@ -44,7 +44,7 @@ _FACTOR_SUFFIXES = (
     (".lora_embedding_A", ".lora_embedding_B"),
 )
 # Valid (order, deploy) pairs.
-_ORDERS = (("svd", "reordered"), (None, "paper"))
+_ORDERS = (("svd", "reordered"), ("weighted", "reordered"), (None, "paper"))
 
 
 # Reading

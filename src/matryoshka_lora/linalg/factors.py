@@ -16,6 +16,10 @@ import numpy as np
 
 from matryoshka_lora.linalg.arrays import Array, Float64Array
 
+DAMPING = 1e-2
+"""What is added to second moments, relative to their mean: directions that no example shows count a
+little, as in the Frobenius norm."""
+
 
 @dataclass(frozen=True)
 class SVD:
@@ -88,6 +92,55 @@ def reorder_factors(
     new_A = pad_end(new_A, missing, axis=-2).astype(A.dtype)
     new_B = pad_end(new_B, missing, axis=-1).astype(B.dtype)
     return new_A, new_B, pad_end(svd.values, missing, axis=-1)
+
+
+def reorder_by_moments(
+    A: Array, B: Array, input_moments: Float64Array, output_moments: Float64Array
+) -> tuple[Array, Array, Float64Array]:
+    """Return factors of the same product whose every prefix changes the model's outputs least.
+
+    If a prefix changes the update by D, the expected squared change is ``Tr(D^T G D C)``. C is the
+    second moment of the inputs x of the layer. G is that of the gradients g of the model's outputs
+    with respect to the outputs of the layer. Their Kronecker product approximates the Fisher
+    information of the layer (K-FAC, arXiv 1503.05671). D is in the span of the factors, so that
+    ``A C A^T`` and ``B^T G B`` suffice.
+
+    Args:
+        A: Shape (R, in), any floating dtype, ordered by SVD.
+        B: Shape (out, R), dtype of A, ordered by SVD.
+        input_moments: ``A C A^T``, the second moment of ``A x``, shape (R, R).
+        output_moments: ``B^T G B``, the second moment of ``B^T g``, shape (R, R).
+
+    Returns:
+        ``A'`` and ``B'`` with ``B' A' = B A`` and the shapes and dtype of A and B; and the weighted
+        singular values, shape (R,), decreasing. The expected squared change of rank r is the sum of
+        the squares of those after r.
+    """
+    # Components of zeros are the last ones, and stay as they are.
+    rank = int(np.count_nonzero(np.linalg.norm(B.astype(np.float64), axis=0)))
+    if rank == 0:
+        return A, B, np.zeros(len(A))
+    wide_A, wide_B = A[:rank].astype(np.float64), B[:, :rank].astype(np.float64)
+    moments = [
+        moment + DAMPING * np.trace(moment) / np.trace(gram) * gram
+        for moment, gram in (
+            (input_moments[:rank, :rank], wide_A @ wide_A.T),
+            (output_moments[:rank, :rank], wide_B.T @ wide_B),
+        )
+    ]
+    # A change B (I - M) A has the expected squared change |L_B^T (I - M) L_A|^2, where L is the
+    # Cholesky factor of a moment. The best M of rank r comes from the SVD of L_B^T L_A.
+    L_A, L_B = np.linalg.cholesky(moments[0]), np.linalg.cholesky(moments[1])
+    left, values, right = np.linalg.svd(L_B.T @ L_A)
+    new_A = right @ np.linalg.solve(L_A, wide_A)
+    new_B = wide_B @ np.linalg.solve(L_B.T, left)
+    # Both factors of a component get the same norm.
+    norms_A, norms_B = np.linalg.norm(new_A, axis=1), np.linalg.norm(new_B, axis=0)
+    new_A *= np.sqrt(values * norms_B / norms_A)[:, None]
+    new_B *= np.sqrt(values * norms_A / norms_B)
+    new_A = np.concatenate([new_A.astype(A.dtype), A[rank:]])
+    new_B = np.concatenate([new_B.astype(B.dtype), B[:, rank:]], axis=1)
+    return new_A, new_B, pad_end(values, len(A) - rank, axis=0)
 
 
 def singular_values(A: Array, B: Array) -> Float64Array:

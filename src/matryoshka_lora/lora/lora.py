@@ -109,7 +109,7 @@ class Lora:
     @property
     def has_singular_order(self) -> bool:
         """Whether a prefix of its factors, reordered if they have no order, is an SVD's."""
-        return self.order != "trained" and self.deploy != "paper"
+        return self.order in (None, "svd") and self.deploy != "paper"
 
     @property
     def size(self) -> int:

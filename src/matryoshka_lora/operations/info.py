@@ -349,7 +349,7 @@ def _kind_of(lora: Lora) -> str:
         return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"
     if lora.order is None:
         return "a LoRA adapter without an order; `matryoshka reorder` makes it nested"
-    order = "reordered by SVD"
+    order = "reordered by weighted SVD" if lora.order == "weighted" else "reordered by SVD"
     if lora.small is not None:
         order += f", ranks up to {lora.small_rank} trained"
     return f"a nested LoRA adapter ({order}), usable at every rank (nested: {ranks})"

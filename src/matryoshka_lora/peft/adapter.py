@@ -22,7 +22,13 @@ from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, check_integer, short
 from matryoshka_lora.formats.peft_folder import find_layers
-from matryoshka_lora.linalg.factors import relative_errors, squared_tails
+from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.linalg.factors import (
+    relative_errors,
+    reorder_by_moments,
+    squared_tails,
+    truncation_errors,
+)
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
@@ -39,7 +45,7 @@ from matryoshka_lora.peft.lora_layers import (
 from matryoshka_lora.peft.state import NestingState
 from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.rules import RULES, Rule
-from matryoshka_lora.tensors import to_numpy, to_numpy_dtype
+from matryoshka_lora.tensors import to_numpy, to_numpy_dtype, to_torch
 from matryoshka_lora.training.factors import FactorMatrices, FactorParameters, ModelFactors
 from matryoshka_lora.units import pluralize
 
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from matryoshka_lora.peft.callback import NestingCallback
+    from matryoshka_lora.training.data import TrainingData
 
 # The model types of transformers whose layers get inputs of shape (length, rows, features). With
 # the same number of tokens and rows, the shape does not show it.
@@ -132,7 +139,10 @@ class NestedAdapter:
 
     @property
     def order(self) -> Order | None:
-        """How the factors are ordered: ``"svd"``. None if never ordered, or changed since."""
+        """How the factors are ordered: ``"svd"``, or ``"weighted"`` if `reorder` had data.
+
+        None if never ordered, or changed since.
+        """
         return self.state.order.current()
 
     @property
@@ -288,7 +298,14 @@ class NestedAdapter:
         """
         return {name: factor_parameters(layer, self.name) for name, layer in self.layers.items()}
 
-    def reorder(self) -> ReorderResult:
+    def reorder(
+        self,
+        data: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_examples: int = 64,
+        seed: int = 0,
+    ) -> ReorderResult:
         """Reorder the columns of each layer by SVD, so that every rank is available.
 
         The first r columns are then the closest matrix of rank r (Eckart-Young), and the function
@@ -296,24 +313,71 @@ class NestedAdapter:
         and `deploy` becomes ``"reordered"``. Further training is plain LoRA and ends the order. A
         small adapter is left out.
 
+        With examples, the first r columns change the model's outputs least instead: the SVD is
+        weighted by the second moments of each layer's inputs and output gradients, see
+        `matryoshka_lora.linalg.factors.reorder_by_moments`. Nothing is trained. Pass examples of
+        the adapter's own task: with others, low ranks may be worse than without.
+
+        Args:
+            data: The Trainer that has trained the adapter, a dataset, a list of examples or a file,
+                as in `train_ranks`. Defaults to the unweighted SVD.
+            tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
+            max_examples: The number of examples to use.
+            seed: The seed of the choice of examples, and of random directions of the outputs.
+
         Returns:
             The errors of the nested ranks, and the singular values of each layer's update.
 
         Raises:
-            MatryoshkaError: The adapter is merged, or sharded over processes.
-            NotFiniteError: A factor is NaN or infinite. The adapter is unchanged.
+            MatryoshkaError: The adapter is merged, or sharded over processes, or the data cannot be
+                used.
+            NotFiniteError: A factor, or a second moment, is NaN or infinite. The adapter is
+                unchanged, or reordered without the data.
         """
         self._check_not_merged("reorder it")
         factors, nesting = self.factors, self.nesting
         factors.check_not_sharded()
+        examples = None
+        if data is not None:
+            # This module is slow to import.
+            from matryoshka_lora.training.data import read_training_data
+
+            check_integer("max_examples", max_examples)
+            self._check_active()
+            with self.use_diagonal(self.state.deployed_q(nesting.max_rank)):
+                examples = read_training_data(self.model, data, tokenizer)
         matrices, singular_values = factors.svd(self.state.deployed_q(nesting.max_rank).numpy())
         with factors.restored_after_error():
             factors.write(matrices)
             self.mark_ordered("svd")
         singular_values = {name: v * nesting.scale for name, v in singular_values.items()}
         squared_errors = {name: squared_tails(values) for name, values in singular_values.items()}
+        if examples is not None:
+            squared_errors |= self._weight_order(examples, max_examples, seed)
         errors = relative_errors(squared_errors, nesting.ranks)
         return ReorderResult(None, nesting.ranks, errors, singular_values)
+
+    def _weight_order(
+        self, data: TrainingData, max_examples: int, seed: int
+    ) -> dict[str, Float64Array]:
+        """Reorder the columns by what changes the outputs; return the squared errors by layer."""
+        from matryoshka_lora.training.moments import second_moments
+
+        factors, nesting = self.factors, self.nesting
+        scales = [nesting.scale] * nesting.max_rank
+        with self.use_diagonal(torch.ones(nesting.max_rank)):
+            moments = second_moments(factors, data, max_examples, seed)
+        matrices: FactorMatrices = {}
+        squared_errors: dict[str, Float64Array] = {}
+        for name, (A, B) in factors.copy().items():
+            if name in moments:
+                new_A, new_B, _ = reorder_by_moments(to_numpy(A), to_numpy(B), *moments[name])
+                matrices[name] = to_torch(new_A), to_torch(new_B)
+                squared_errors[name] = truncation_errors(new_A, new_B, scales)
+        with factors.restored_after_error():
+            factors.write(matrices)
+            self.mark_ordered("weighted")
+        return squared_errors
 
     def mark_ordered(self, order: Order) -> None:
         """Record that the factors are ordered as they are, and continue with rule ``lora``.

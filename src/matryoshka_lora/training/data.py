@@ -116,6 +116,10 @@ class TrainingData:
                 batches.append(send_to_device(batch, self.device))
         return batches
 
+    def sample(self, max_examples: int, seed: int) -> list[int]:
+        """Return the indices of some examples, in random order."""
+        return next(_permutations(len(self.examples), seed))[:max_examples]
+
     def split(self, num_training: int, max_validation: int, seed: int) -> Split:
         """Choose the examples to train on and to validate on.
 
@@ -135,7 +139,7 @@ class TrainingData:
         """
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
-        validation_indices = next(_permutations(len(source.examples), seed))[:max_validation]
+        validation_indices = source.sample(max_validation, seed)
         # The loss of a Trainer may need the same number of examples in each process.
         num_batches = math.ceil(len(validation_indices) / source.batch_size)
         batch_size = len(validation_indices) // num_batches
