@@ -91,6 +91,22 @@ def test_gradients_of_a_language_model_have_the_fisher_information_of_its_output
     assert torch.dist(mean, expected) < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_have_the_same_moments(use_reentrant: bool) -> None:
+    adapter = small_update()
+    adapter.reorder()
+    data = read_training_data(adapter.model, EXAMPLES)
+    expected = second_moments(adapter.factors, data, 32)
+    base: Any = adapter.model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    adapter.model.enable_input_require_grads()
+    actual = second_moments(adapter.factors, data, 32)
+    assert actual.keys() == expected.keys()
+    for name, moments in expected.items():
+        for values, others in zip(moments, actual[name], strict=True):
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(others))
+
+
 def divergence(adapter: NestedAdapter, rank: int, reference: Tensor) -> float:
     adapter.set_rank(rank)
     with torch.no_grad():

@@ -63,7 +63,8 @@ def second_moments(
             outputs[name] = outputs.get(name, 0) + b.T @ b
             num_positions[name] += len(h)
 
-        hidden.register_hook(accumulate)
+        if hidden.requires_grad:  # not in the first forward of a checkpointed layer
+            hidden.register_hook(accumulate)
 
     logits: list[Tensor] = []
     num_terms_seen = 0
