@@ -249,7 +249,7 @@ def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: in
         "\n  rank 0: the model without the adapter\n"
         "  truncated: the first components of the factors, as they were trained\n"
         "  reorder: after adapter.reorder()\n"
-        "  train_ranks: after adapter.train_ranks(trainer), a few steps at each rank"
+        "  train_ranks: after adapter.train_ranks(trainer), which trains the low ranks"
     )
 
 
