@@ -83,11 +83,11 @@ def readme_findings() -> str:
         f"points: {minus_squeezed[0]} on the facts;",
         f"  {minus_squeezed[1]} with fewer trainable parameters; {minus_squeezed[2]} with 512 "
         "facts.",
-        f"* **With fewer trainable parameters**, `train_ranks` has {trained} % at rank 2, and "
-        f"LoRA trained at rank 2 {lora} % (medians of 5 seeds).",
+        f"* **With fewer trainable parameters**, `train_ranks` of 0.4 has {trained} % at rank 2, "
+        f"and LoRA trained at rank 2 {lora} % (medians of 5 seeds).",
         f"* **LoRA trained at rank 1** is better on the facts: {min(references):.1f} to "
         f"{max(references):.1f} %, with the best of nine rates and three warmups. "
-        f"`train_ranks` has {100 * min(shares):.1f} to {100 * max(shares):.1f} %.",
+        f"`train_ranks` of 0.4 has {100 * min(shares):.1f} to {100 * max(shares):.1f} %.",
         "* **P.** At one rate, adapters trained with the diagonal P of the [paper]"
         "(https://arxiv.org/abs/2605.07850), truncated to rank 1 with P multiplied in,",
         f"  have {gain} points more than LoRA on the sums. With [the paper's settings]"

@@ -70,22 +70,30 @@ _WAYS = {
     "own": "a small adapter",
     "own-0.5": "a small adapter, rates 0.1 r^-0.5, 16 examples a step",
 }
+_TRAINED_WAYS = ("trained", "joint", "own")
 _SHOWN_RANKS = (1, 2, 4, 8, 32)
 
 
 @block
 def low_ranks() -> str:
-    """The ways to train the low ranks, on validation seeds."""
+    """The ways to train the low ranks, on validation seeds.
+
+    All ways of a task have the same seeds and orders: others are not shown.
+    """
     cells = read("research/runs/low-ranks.jsonl")
     rows: list[list[str]] = []
-    means: dict[str, list[float]] = {}
     for task in dict.fromkeys(f"{cell['study']}: {cell['task']}" for cell in cells):
+        of_task = [cell for cell in cells if f"{cell['study']}: {cell['task']}" == task]
+        by_way = {
+            way: {(c["seed"], c["order"]): c for c in of_task if c["way"] == way} for way in _WAYS
+        }
+        keys = set.intersection(*(set(by_way[way]) for way in _TRAINED_WAYS))
+        by_way["reordered"] = {(seed, order): by_way["reordered"][seed, 0] for seed, order in keys}
         for way, name in _WAYS.items():
-            of_way = [c for c in cells if f"{c['study']}: {c['task']}" == task and c["way"] == way]
-            if not of_way:
+            if not keys or not keys <= set(by_way[way]):
                 continue
+            of_way = [by_way[way][key] for key in sorted(keys)]
             mean = fmean(_mean_loss(cell["loss"]) for cell in of_way)
-            means.setdefault(way, []).append(mean)
             losses = [fmean(_at(cell["loss"], rank) for cell in of_way) for rank in _SHOWN_RANKS]
             shares = [fmean(_at(cell["accuracy"], rank) for cell in of_way) for rank in (1, 2, 4)]
             seeds = {cell["seed"] for cell in of_way}
@@ -102,13 +110,7 @@ def low_ranks() -> str:
             )
     heading = ["study and task", "way", "mean loss", *(f"rank {rank}" for rank in _SHOWN_RANKS)]
     heading += [*(f"rank {rank}, %" for rank in (1, 2, 4)), "seeds, runs"]
-    num_tasks = len(means["reordered"])
-    summary = ", ".join(
-        f"{_WAYS[way]} {fmean(values):.4f}"
-        for way, values in means.items()
-        if len(values) == num_tasks
-    )
-    return f"{table(heading, rows)}\nThe mean over the tasks, in nats: {summary}."
+    return table(heading, rows)
 
 
 def _at(values: Sequence[float], rank: int) -> float:

@@ -71,7 +71,7 @@ def test_low_ranks_are_prefixes_of_the_small_adapter(kind: str, way: str) -> Non
     adapter.model.eval()
     if way == "rows":
         if kind == "Linear-2d-input":
-            return  # such inputs have no rows
+            pytest.skip("inputs without a dimension of tokens have no rows")
         ranks = [0, 2, 8, 3, 1, 4, 2, 8, 0]
         with adapter.rows(ranks):
             actual = adapter.model(x)
@@ -186,7 +186,7 @@ def test_the_state_dict_of_peft_is_plain_lora() -> None:
     assert set(adapter.model.state_dict()) == keys
 
 
-def test_an_unmerged_rank_is_not_converted_as_rank_R() -> None:
+def test_peft_converts_only_rank_R() -> None:
     """PEFT's conversion to LoRA reads A and B, which are those of rank R."""
     adapter = adapter_with_small()
     (variant, *_) = [layer.lora_variant["default"] for layer in adapter.layers.values()]
@@ -223,10 +223,9 @@ def test_errors_of_low_ranks_are_relative_to_the_whole_adapter(tmp_path: Path, r
     saved = lora.nested().save(tmp_path / "again")
     assert saved.errors == pytest.approx({r: info.errors[r] for r in (1, 2, 4, 8)})
     assert "trained" in repr(result)
-    for text in (repr(info), repr(ladder)):
-        is_trained = {line.split()[0]: line.endswith("trained") for line in text.splitlines()[-8:]}
-        assert is_trained.get(str(rank), True)
-        assert not is_trained.get("6")
+    rows = {line.split()[0]: line for line in repr(ladder).splitlines() if line.strip()}
+    assert rows[str(rank)].endswith("trained")
+    assert rows["6"].endswith("%")
     assert f"up to {SMALL_RANK} trained" in repr(info)
 
 
@@ -275,6 +274,13 @@ def test_losing_the_trained_ranks_is_a_warning(
     with pytest.warns(UserWarning, match=keyword):
         verb(tmp_path / "nested", tmp_path / "output")
     assert ml.open(tmp_path / "output").small is None
+
+
+def test_a_folder_without_its_small_adapter_is_an_error(tmp_path: Path) -> None:
+    adapter_with_small().save(tmp_path / "nested")
+    (tmp_path / "nested" / "small").rename(tmp_path / "elsewhere")
+    with pytest.raises(MatryoshkaError, match="whole folder"):
+        ml.open(tmp_path / "nested")
 
 
 def test_a_small_adapter_of_another_adapter_is_an_error(tmp_path: Path) -> None:

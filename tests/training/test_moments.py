@@ -20,7 +20,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 import matryoshka_lora as ml
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load
 from matryoshka_lora.training.data import TrainingData, read_training_data
 from matryoshka_lora.training.moments import second_moments
 
@@ -89,6 +89,16 @@ def test_gradients_of_a_language_model_have_the_fisher_information_of_its_output
     ]
     mean = torch.stack(totals).mean(dim=0)
     assert torch.dist(mean, expected) < 0.05 * expected.norm()
+
+
+def test_gradients_that_are_not_finite_are_an_error() -> None:
+    """The adapter is then reordered by the SVD alone."""
+    adapter = small_update()
+    with torch.no_grad():
+        adapter.model.get_base_model().lm_head.weight.mul_(torch.nan)
+    with pytest.raises(NotFiniteError):
+        adapter.reorder(EXAMPLES)
+    assert adapter.order == "svd"
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -122,15 +122,17 @@ def test_low_ranks_get_a_lower_loss_and_the_others_stay_bit_for_bit() -> None:
     adapter = ordered_adapter()
     factors = copy_lora_parameters(adapter)
     before = {rank: loss_at_rank(adapter, VALIDATION, rank) for rank in range(1, 9)}
-    result = train(adapter, data_for(adapter), 640)
+    data = data_for(adapter)
+    assert data.validation is not None
+    data.validation.batch_size = 16  # divides the number of examples, so all of them validate
+    result = train(adapter, data, 640)
     assert all_equal(factors, copy_lora_parameters(adapter))
     after = {rank: loss_at_rank(adapter, VALIDATION, rank) for rank in range(1, 9)}
     assert (result.path, result.outcome, result.num_examples) == (None, "kept", 640)
     assert (result.small_rank, set(result.examples_by_rank)) == (4, {1, 2, 3, 4})
     assert result.examples_by_rank[1] == pytest.approx(4 * result.examples_by_rank[4], rel=0.25)
-    data_losses = pytest.approx({rank: before[rank] for rank in (1, 2, 4, 8)}, rel=0.1)
-    assert result.losses_before == data_losses
-    assert result.losses_after == pytest.approx({rank: after[rank] for rank in (1, 2, 4)}, rel=0.1)
+    assert result.losses_before == pytest.approx({rank: before[rank] for rank in (1, 2, 4, 8)})
+    assert result.losses_after == pytest.approx({rank: after[rank] for rank in (1, 2, 4)})
     for rank in (1, 2, 3, 4):
         assert after[rank] < before[rank] - 0.1
     for rank in (5, 6, 7, 8):

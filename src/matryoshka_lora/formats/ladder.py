@@ -28,14 +28,11 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
             output = folder / f"{adapter_name}@{rank}"
             output.mkdir()
             if rank <= lora.small_rank:
-                lora_at_rank = lora.at_rank(rank)
+                written = small = peft_folder.write(lora.at_rank(rank), output, target)
             else:
-                ranks_at_rank = {name: min(rank, before) for name, before in ranks_before.items()}
-                lora_at_rank = with_ranks(lora, ranks_at_rank)
-            written = peft_folder.write(lora_at_rank, output, target)
-            if rank <= lora.small_rank:
-                small = written
+                new_ranks = {name: min(rank, before) for name, before in ranks_before.items()}
+                written = peft_folder.write(with_ranks(lora, new_ranks), output, target)
     errors = written_nested or written
-    if small is not None and small is not errors:
+    if small is not None:
         errors = errors.with_small(small)
     return replace(errors, ranks=written.ranks, error_ranks=ranks)

@@ -63,8 +63,13 @@ def read(path: PathLike, name: str | None = None) -> Lora:
         MatryoshkaError: The folder is not a LoRA, is damaged, or is a variant that cannot be
             truncated.
     """
-    folder = Path(path)
     name = name or str(path)
+    lora, nesting, tensors = _read_adapter(Path(path), name)
+    return lora if nesting is None else _with_nesting(lora, nesting, tensors)
+
+
+def _read_adapter(folder: Path, name: str) -> tuple[Lora, str | None, Mapping[str, StoredTensor]]:
+    """Return a LoRA without its nesting, the metadata of the nesting, and all tensors by key."""
     weights_file = folder / WEIGHTS_NAME
     if not (folder / CONFIG_NAME).is_file():
         hint = "Pass the folder that PEFT has saved: its config holds the scale."
@@ -94,7 +99,7 @@ def read(path: PathLike, name: str | None = None) -> Lora:
         files=(weights_file,),
         original_error=original_error,
     )
-    return lora if nesting is None else _with_nesting(lora, nesting, tensors)
+    return lora, nesting, tensors
 
 
 def find_layers(
@@ -183,11 +188,13 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
     lora = replace(lora, nesting=nesting, order=order, deploy=deploy)
     if small_rank == 0:
         return lora
-    small = read(lora.files[0].parent / SMALL_FOLDER, f"{lora.name}/{SMALL_FOLDER}")
+    folder = lora.files[0].parent / SMALL_FOLDER
+    name = f"{lora.name}/{SMALL_FOLDER}"
+    if not folder.is_dir():
+        raise MatryoshkaError(f"{name} is missing. Copy the whole folder again.")
+    small, _, _ = _read_adapter(folder, name)
     if small.ranks != dict.fromkeys(lora.ranks, small_rank):
-        raise MatryoshkaError(
-            f"{small.name} does not belong to {lora.name}. Copy the whole folder again."
-        )
+        raise MatryoshkaError(f"{name} is from another adapter. Copy the whole folder again.")
     return with_small(lora, small)
 
 

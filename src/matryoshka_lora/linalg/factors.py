@@ -100,10 +100,10 @@ def reorder_by_moments(
     """Return factors of the same product whose every prefix changes the model's outputs least.
 
     If a prefix changes the update by D, the expected squared change is ``Tr(D^T G D C)``. C is the
-    second moment of the inputs x of the layer. G is that of the gradients g of the model's outputs
-    with respect to the outputs of the layer. Their Kronecker product approximates the Fisher
-    information of the layer (K-FAC, arXiv 1503.05671). D is in the span of the factors, so that
-    ``A C A^T`` and ``B^T G B`` suffice.
+    second moment of the layer's inputs x, and G the second moment of the gradients g with respect
+    to the layer's outputs. Their Kronecker product approximates the layer's Fisher information
+    matrix (K-FAC, arXiv 1503.05671). D is in the span of the factors, so ``A C A^T`` and
+    ``B^T G B`` suffice.
 
     Args:
         A: Shape (R, in), any floating dtype, ordered by SVD.

@@ -127,8 +127,8 @@ class Lora:
         """The paths that an output must not overwrite: weights, configs and the base model."""
         configs = [file.with_name("adapter_config.json") for file in self.files if self.config]
         base_model = self.config.get("base_model_name_or_path")
-        small_files = () if self.small is None else self.small.files
-        return (*self.files, *configs, *small_files, *([str(base_model)] if base_model else []))
+        small = () if self.small is None else self.small.sources
+        return (*self.files, *configs, *small, *([str(base_model)] if base_model else []))
 
     @property
     def new_scale(self) -> float:

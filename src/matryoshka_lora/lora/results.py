@@ -50,7 +50,8 @@ class TrainRanksResult:
             included.
         losses_before: The validation loss of each nested rank before training, in nats per token;
             empty without examples.
-        losses_after: The same of each nested rank that was trained, also if it was not kept.
+        losses_after: The validation loss after training, of each nested rank that was trained, even
+            if it was not kept.
     """
 
     path: Path | None

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 def reorder(lora: Lora) -> Lora:
     """Return a nested LoRA: every prefix of its factors is the best one of its rank.
 
-    The update of the largest rank stays the same. An order that the factors have does not count,
-    and a small adapter is left out.
-    In a PEFT folder each layer is padded to the largest rank; in a single file it keeps its own.
+    The update of the largest rank stays the same. An existing order is ignored, and a small adapter
+    is left out. In a PEFT folder each layer is padded to the largest rank; in a single file it
+    keeps its own.
     """
     return nested(replace(lora, order=None, small=None, deploy="reordered"))
 

@@ -36,8 +36,8 @@ def train_ranks(
 ) -> TrainRanksResult:
     """Train the low ranks of a LoRA, and write it as a nested adapter.
 
-    See `NestedAdapter.train_ranks`. The factors of the output are those of the source, reordered by
-    SVD unless they have an order. The trained ranks are in the subfolder ``small``.
+    See `NestedAdapter.train_ranks`. The output holds the factors of the source, reordered by SVD
+    unless they have an order, and the trained ranks in the subfolder ``small``.
 
     Args:
         source: A PEFT folder, or its Hub id.

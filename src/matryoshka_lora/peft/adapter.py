@@ -331,8 +331,8 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: The adapter is merged, or sharded over processes, or the data cannot be
                 used.
-            NotFiniteError: A factor, or a second moment, is NaN or infinite. The adapter is
-                unchanged, or reordered without the data.
+            NotFiniteError: A factor is NaN or infinite, and the adapter is unchanged. Or a gradient
+                is, and the adapter is reordered without the data.
         """
         self._check_not_merged("reorder it")
         factors, nesting = self.factors, self.nesting
@@ -399,10 +399,10 @@ class NestedAdapter:
         Args:
             factors: By layer, A of shape (k, in) and B of shape (out, k), any dtype and device.
         """
+        small_rank = len(next(iter(factors.values()))[0])
         for name, layer in self.layers.items():
             A, B = factor_parameters(layer, self.name)
             small_A, small_B = factors[name]
-            small_rank = len(small_A)
             small_A = small_A.detach().to(A).reshape(small_rank, *A.shape[1:])
             small_B = small_B.detach().to(B).reshape(len(B), small_rank, *B.shape[2:])
             set_small_factors(layer, self.name, small_A.clone(), small_B.clone())

@@ -63,15 +63,11 @@ class ModelFactors:
             B.copy_(new_B.reshape(B.shape))
 
     @contextmanager
-    def restored_after_error(self) -> Iterator[FactorMatrices]:
-        """Restore the factors after any exception, including KeyboardInterrupt.
-
-        Yields:
-            A copy of the factors.
-        """
+    def restored_after_error(self) -> Iterator[None]:
+        """Restore the factors after any exception, including KeyboardInterrupt."""
         matrices = self.copy()
         try:
-            yield matrices
+            yield
         except BaseException:
             self.write(matrices)
             raise

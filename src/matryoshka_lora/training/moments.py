@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.tensors import at_least_float32
 from matryoshka_lora.training.data import TrainingData, num_terms
 from matryoshka_lora.training.factors import ModelFactors
 from matryoshka_lora.training.train_ranks import trainable_factors
@@ -35,17 +37,21 @@ def second_moments(
 ) -> dict[str, Moments]:
     """Return the second moments of each layer, with the whole adapter active.
 
-    The gradients are those of the outputs of a language model: one random direction for each
-    position that counts in the loss, whose second moment is the Fisher information of the softmax.
-    They need no labels. Other models have the gradients of their loss.
+    For a language model, a random direction of the logits is backpropagated for each position that
+    counts in the loss. Its second moment is the Fisher information matrix of the softmax, so the
+    labels do not matter. For other models, the loss is backpropagated.
 
-    Layers whose A is no module, such as embeddings, or was not used, are left out.
+    Layers that were not used are left out, and so are layers whose A is no module, such as
+    embeddings.
 
     Args:
         factors: The factors.
         data: The examples.
         max_examples: The number of examples to use, at random.
         seed: The seed of the examples and of the directions.
+
+    Raises:
+        NotFiniteError: A moment is NaN or infinite.
     """
     modules = {id(getattr(module, "weight", None)): module for module in factors.model.modules()}
     inputs: dict[str, Tensor] = {}
@@ -58,9 +64,10 @@ def second_moments(
             dim = 1 if factors.parameters[name][0].ndim > 2 else -1
             h, b = [x.detach().movedim(dim, -1).flatten(0, -2) for x in (hidden, gradient)]
             has_gradient = b.ne(0).any(dim=-1)  # padding has none
-            h, b = h[has_gradient].double(), b[has_gradient].double()
-            inputs[name] = inputs.get(name, 0) + h.T @ h
-            outputs[name] = outputs.get(name, 0) + b.T @ b
+            h, b = [at_least_float32(x[has_gradient]) for x in (h, b)]
+            # On the CPU, because some devices have no float64.
+            inputs[name] = inputs.get(name, 0) + (h.T @ h).cpu().double()
+            outputs[name] = outputs.get(name, 0) + (b.T @ b).cpu().double()
             num_positions[name] += len(h)
 
         if hidden.requires_grad:  # not in the first forward of a checkpointed layer
@@ -68,7 +75,7 @@ def second_moments(
 
     logits: list[Tensor] = []
     num_terms_seen = 0
-    generator = torch.Generator(data.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with trainable_factors(factors), ExitStack() as hooks:
         for name, (A, _) in factors.parameters.items():
             module = modules.get(id(A))
@@ -86,13 +93,17 @@ def second_moments(
             else:
                 (loss * num_terms(batch)).backward()  # type: ignore[no-untyped-call]
                 num_terms_seen += num_terms(batch)
-    return {
-        name: Moments(
-            (inputs[name] / count).cpu().numpy(), (outputs[name] / num_terms_seen).cpu().numpy()
-        )
-        for name, count in num_positions.items()
-        if count > 0
-    }
+    moments: dict[str, Moments] = {}
+    for name, count in num_positions.items():
+        if count > 0:
+            layer = inputs[name] / count, outputs[name] / num_terms_seen
+            if not all(moment.isfinite().all() for moment in layer):
+                raise NotFiniteError(
+                    f"The gradients of layer {name} are NaN or infinite. Load the base model in "
+                    "bfloat16 or float32. Or reorder the adapter without data."
+                )
+            moments[name] = Moments(layer[0].numpy(), layer[1].numpy())
+    return moments
 
 
 def _backward_of_directions(loss: Tensor, logits: Tensor, generator: torch.Generator) -> int:
@@ -104,7 +115,7 @@ def _backward_of_directions(loss: Tensor, logits: Tensor, generator: torch.Gener
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     counts = gradient.ne(0).any(dim=-1)
     p = logits.detach()[counts].float().softmax(dim=-1)
-    v = torch.randn(p.shape, generator=generator, device=p.device) * p.sqrt()
+    v = torch.randn(p.shape, generator=generator).to(p.device) * p.sqrt()
     directions = torch.zeros_like(logits)
     directions[counts] = (v - p * v.sum(dim=-1, keepdim=True)).to(logits)
     logits.backward(directions)  # type: ignore[no-untyped-call]
