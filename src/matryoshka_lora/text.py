@@ -76,6 +76,7 @@ def format_errors(
     whole: str,
     sizes: Mapping[int, int] | None = None,
     trained_ranks: Collection[int] = (),
+    weighted_errors: Mapping[int, float] | None = None,
 ) -> list[str]:
     """Return a table of the relative error, and of the file size, at each rank.
 
@@ -84,15 +85,24 @@ def format_errors(
         whole: What the error is relative to, such as ``"update"``.
         sizes: The size in bytes by rank.
         trained_ranks: The ranks that were trained, so that they minimise the loss.
+        weighted_errors: The weighted error by rank, if examples have weighted the order.
     """
-    rows = [["rank", "size", "error", "kept"]]
-    for rank, error in errors.items():
-        size = format_size(sizes[rank]) if sizes else ""
-        kept = "trained" if rank in trained_ranks else format_percent(1 - error**2)
-        rows.append([str(rank), size, format_percent(error), kept])
-    if not sizes:
-        rows = [[row[0], *row[2:]] for row in rows]
-    lines = format_table(rows)
+    columns = {
+        "rank": [str(rank) for rank in errors],
+        "size": [format_size(sizes[rank]) for rank in errors] if sizes else [],
+        "weighted": [format_percent(weighted_errors[rank]) for rank in errors]
+        if weighted_errors
+        else [],
+        "error": [format_percent(error) for error in errors.values()],
+        "kept": [
+            "trained" if rank in trained_ranks else format_percent(1 - error**2)
+            for rank, error in errors.items()
+        ],
+    }
+    rows = zip(*([name, *cells] for name, cells in columns.items() if cells), strict=True)
+    lines = format_table(list(rows))
+    if weighted_errors:
+        lines.append("  weighted: the error, weighted by what changes the outputs on examples")
     if trained_ranks:
         lines.append("  trained: the rank minimises the loss, and not the error")
     return [

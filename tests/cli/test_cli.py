@@ -508,6 +508,9 @@ def test_train_ranks_and_extract(workspace: Path, run: Run) -> None:
     plain_adapter(workspace / "lora", AutoModelForCausalLM.from_pretrained("base"))
     for line in (
         "train-ranks lora --data examples.jsonl --base-model base --dtype fp32 -o trained",
+        "reorder lora --data examples.jsonl --base-model base --dtype fp32 -o weighted",
+        "info weighted --error 20%",
+        "export weighted --error 20% -o small",
         "export lora --rank 4 --format merged --base-model base -o tuned",
         "extract base tuned --rank 4 -o extracted",
         "info extracted",

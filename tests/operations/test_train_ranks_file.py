@@ -94,6 +94,26 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
     assert loss_of_folder(base_folder, output) == pytest.approx(loss_before, abs=1e-5)
 
 
+def test_a_folder_is_reordered_with_examples(lora_folder: Path, tmp_path: Path) -> None:
+    """The low ranks change the loss less than those of the SVD, and rank R does not."""
+    base_folder = lora_folder.with_name("base")
+    ml.reorder(lora_folder, tmp_path / "svd")
+    result = ml.reorder(lora_folder, tmp_path / "nested", EXAMPLES, dtype="fp32")
+    assert result.path == tmp_path / "nested"
+    assert result.weighted_errors.keys() == result.errors.keys() == {1, 2, 4}
+    assert ml.open(tmp_path / "nested").order == "weighted"
+    assert (tmp_path / "nested" / "tokenizer_config.json").is_file()
+    loss = loss_of_folder(base_folder, lora_folder)
+    assert loss_of_folder(base_folder, tmp_path / "nested") == pytest.approx(loss, abs=1e-5)
+    losses = {}
+    for name in ("svd", "nested"):
+        export(tmp_path / name, tmp_path / f"{name}-2", 2)
+        losses[name] = loss_of_folder(base_folder, tmp_path / f"{name}-2")
+    assert losses["nested"] < losses["svd"]
+    with pytest.raises(MatryoshkaError):
+        ml.reorder(ml.open(lora_folder), tmp_path / "new", EXAMPLES)
+
+
 def test_untrained_ranks_are_written_in_the_order_of_the_svd(
     lora_folder: Path, tmp_path: Path
 ) -> None:

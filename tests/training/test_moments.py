@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.examples import collate, lookup_examples, make_trainer, random_examples
@@ -17,10 +19,13 @@ from helpers.models import (
     tiny_llama,
 )
 from peft import get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import matryoshka_lora as ml
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, export, load
+from matryoshka_lora.formats.safetensors_io import NESTING_KEY
 from matryoshka_lora.training.data import TrainingData, read_training_data
 from matryoshka_lora.training.moments import second_moments
 
@@ -146,11 +151,82 @@ def test_a_weighted_order_changes_the_outputs_less(tmp_path: Path, source: str) 
     assert abs(after[8]) < 1e-5
     adapter.save(tmp_path / "nested")
     lora = ml.open(tmp_path / "nested")
-    assert (lora.order, lora.has_singular_order) == ("weighted", False)
+    assert (lora.order, lora.has_values) == ("weighted", True)
     assert ml.info(lora).errors[2] == pytest.approx(result.errors[2], rel=1e-4)
     loaded = load(half_llama(), tmp_path / "nested")
     assert (loaded.order, loaded.ranks) == ("weighted", adapter.ranks)
     assert divergence(loaded, 2, reference) == pytest.approx(after[2], rel=1e-4)
+
+
+def test_ranks_are_chosen_by_the_weighted_values_without_data(tmp_path: Path) -> None:
+    adapter = small_update()
+    result = adapter.reorder(EXAMPLES)
+    adapter.save(tmp_path / "nested")
+    lora = ml.open(tmp_path / "nested")
+    values = {layer.name: layer.weighted_values for layer in lora.layers}
+    assert values.keys() == adapter.layers.keys()
+    total = sum((value**2).sum() for value in values.values() if value is not None)
+    for rank, error in ml.info(lora).weighted_errors.items():
+        tails = [(value[rank:] ** 2).sum() for value in values.values() if value is not None]
+        assert error == pytest.approx(np.sqrt(sum(tails) / total), abs=1e-5)
+    assert ml.info(lora).weighted_errors[2] == pytest.approx(result.weighted_errors[2], rel=1e-5)
+
+    exported = export(tmp_path / "nested", tmp_path / "small", error=0.3)
+    kept = [values[name][:rank] for name, rank in exported.ranks.items()]  # type: ignore[index]
+    error = np.sqrt(1 - sum((value**2).sum() for value in kept) / total)
+    assert exported.weighted_error == pytest.approx(error, abs=1e-5)
+    assert error <= 0.3 < exported.errors[max(exported.ranks.values())]
+    smaller = {name: rank - 1 for name, rank in exported.ranks.items()}
+    missing = sum((values[name][rank:] ** 2).sum() for name, rank in smaller.items())  # type: ignore[index]
+    assert np.sqrt(missing / total) > 0.3
+    assert ml.info(lora, error=0.3).rank_for_error(0.3) >= max(exported.ranks.values())
+    size = lora.truncate(2).file_size
+    fitted = export(lora, tmp_path / "fitted", max_bytes=size)
+    assert fitted.weighted_error is not None
+    assert fitted.weighted_error <= result.weighted_errors[2] + 1e-5
+
+
+def test_weighted_values_follow_the_verbs(tmp_path: Path) -> None:
+    adapter = small_update()
+    adapter.reorder(EXAMPLES)
+    lora = adapter.to_lora()
+    q, v = lora.layers
+    assert q.weighted_values is not None
+    assert v.weighted_values is not None
+    changed = lora.scale({"*v_proj": -0.5}).drop("*q_proj").cast("bf16").truncate(6).truncate(4)
+    (layer,) = changed.layers
+    np.testing.assert_allclose(layer.weighted_values, v.weighted_values[:4] / 2)
+    adapter.save(tmp_path / "nested")
+    loaded = load(half_llama(), tmp_path / "nested").to_lora().layers[0]
+    np.testing.assert_allclose(loaded.weighted_values, q.weighted_values, rtol=1e-5)
+    adapter.reorder()
+    assert not adapter.to_lora().weighted_squared_errors()
+
+
+@pytest.mark.parametrize("values", [None, {}, {"x": 1}, [[1, 2]]])
+def test_damaged_weighted_values_make_it_plain_lora(tmp_path: Path, values: Any) -> None:
+    adapter = small_update()
+    adapter.reorder(EXAMPLES)
+    adapter.save(tmp_path / "nested")
+    file = tmp_path / "nested" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        record = json.loads(opened.metadata()[NESTING_KEY])
+    record["weighted_values"] = values
+    save_file(load_file(file), file, {NESTING_KEY: json.dumps(record)})
+    with pytest.warns(UserWarning, match="plain LoRA"):
+        assert ml.open(tmp_path / "nested").order is None
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "unused"])
+def test_every_layer_needs_a_gradient(target: str) -> None:
+    model: Any = half_llama()
+    model.unused = torch.nn.Linear(4, 4)
+    config = lora_config(NESTING, target_modules=["q_proj", target])
+    adapter = nest_as(get_peft_model(model, config).eval(), NESTING, "lora")
+    randomize(adapter.model)
+    with pytest.raises(MatryoshkaError, match=target):
+        adapter.reorder(EXAMPLES)
+    assert adapter.order == "svd"
 
 
 def test_the_low_ranks_are_trained_from_a_weighted_order() -> None:

@@ -62,7 +62,7 @@ ErrorOption = Annotated[
     str | None,
     typer.Option(
         help="Maximum relative error over all layers, such as 10%. The layers get the ranks that "
-        "reach it with a small file."
+        "reach it with a small file. After `reorder --data`, it is the weighted error."
     ),
 ]
 MaxBytesOption = Annotated[

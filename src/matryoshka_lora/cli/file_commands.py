@@ -14,6 +14,7 @@ from matryoshka_lora.cli.arguments import (
     BaseModelOption,
     BaseRevisionOption,
     DropOption,
+    DtypeOption,
     ErrorOption,
     FactorDtypeOption,
     ForceOption,
@@ -32,7 +33,13 @@ from matryoshka_lora.cli.arguments import (
     parse_scale,
     parse_weights,
 )
-from matryoshka_lora.cli.terminal import print_line, print_next, revision_option, with_flags
+from matryoshka_lora.cli.terminal import (
+    print_line,
+    print_loading,
+    print_next,
+    revision_option,
+    with_flags,
+)
 from matryoshka_lora.registry import FORMATS, ImageKeyFormat, KeyFormat
 
 if TYPE_CHECKING:
@@ -113,7 +120,21 @@ def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> N
 def reorder(
     lora: LoraArgument,
     output: OutputOption,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="Examples of the LoRA's own task, in a .jsonl file with prompt and completion, or "
+            "messages. They weight the order.",
+        ),
+    ] = None,
+    max_examples: Annotated[
+        int, typer.Option(min=1, help="Number of examples of --data to use.")
+    ] = 64,
+    base_model: BaseModelOption = None,
+    base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
+    dtype: DtypeOption = None,
     force: ForceOption = False,
 ) -> None:
     """Reorder the components of any LoRA by SVD, so that it can be used at every rank.
@@ -121,11 +142,29 @@ def reorder(
     Every rank r becomes the closest rank-r approximation of the LoRA's update, and the largest rank
     is unchanged. It takes seconds, and needs neither data nor the base model.
 
+    With --data, every rank changes the model's outputs on the examples least instead. Nothing is
+    trained. The output remembers the weights, and `export --error` uses them.
+
     Example: matryoshka reorder some-lora -o nested
+
+    Example: matryoshka reorder some-lora --data my.jsonl -o nested
     """
     from matryoshka_lora import reorder as run_reorder
 
-    typer.echo(run_reorder(lora, output, revision=revision, force=force))
+    if data is not None:
+        print_loading()
+    result = run_reorder(
+        lora,
+        output,
+        data,
+        max_examples=max_examples,
+        base_model=base_model,
+        base_revision=base_revision,
+        revision=revision,
+        dtype=dtype,
+        force=force,
+    )
+    typer.echo(result)
     print_next("info", output)
 
 

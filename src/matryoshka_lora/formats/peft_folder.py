@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats.hub import CARD_NAME, SMALL_FOLDER, copy_companion_files
@@ -166,6 +168,9 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
         small_rank = saved.get("small_rank", 0)
         if (order, deploy) not in _ORDERS:
             raise ValueError
+        layers = lora.layers
+        if order == "weighted":
+            layers = tuple(_with_weighted_values(layer, saved) for layer in layers)
     except (KeyError, ValueError, TypeError, RecursionError):
         reason = "the nesting in the metadata is damaged"
     else:
@@ -185,7 +190,7 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
             stacklevel=4,
         )
         return lora
-    lora = replace(lora, nesting=nesting, order=order, deploy=deploy)
+    lora = replace(lora, layers=layers, nesting=nesting, order=order, deploy=deploy)
     if small_rank == 0:
         return lora
     folder = lora.files[0].parent / SMALL_FOLDER
@@ -196,6 +201,13 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
     if small.ranks != dict.fromkeys(lora.ranks, small_rank):
         raise MatryoshkaError(f"{name} is from another adapter. Copy the whole folder again.")
     return with_small(lora, small)
+
+
+def _with_weighted_values(layer: Layer, saved: Mapping[str, Any]) -> Layer:
+    values = np.array(saved["weighted_values"][layer.name], np.float64)
+    if values.shape != (layer.rank,):
+        raise ValueError
+    return replace(layer, weighted_values=values)
 
 
 def base_model_of(
@@ -286,7 +298,7 @@ def _prepare(lora: Lora) -> Lora:
         scale = lora.new_scale
     metadata = {"format": "pt"}
     if lora.nesting is not None:
-        nesting = {
+        nesting: dict[str, Any] = {
             "ranks": lora.nesting.ranks,
             "scaling": lora.nesting.scaling,
             "order": lora.order,
@@ -295,6 +307,12 @@ def _prepare(lora: Lora) -> Lora:
             # A placeholder of equal length, which is replaced once the factors are written.
             "checksum": Checksum().hexdigest(),
         }
+        if lora.order == "weighted":
+            nesting["weighted_values"] = {
+                layer.name: [float(f"{value:.6g}") for value in layer.weighted_values]
+                for layer in lora.layers
+                if layer.weighted_values is not None
+            }
         metadata[NESTING_KEY] = json.dumps(nesting)
     layers = tuple(layer.with_scale(scale) for layer in lora.layers)
     return replace(lora, layers=layers, metadata=metadata)

@@ -171,6 +171,9 @@ class Layer:
         read_svd: Returns the singular value decomposition of ``B A``, if that is known without the
             factors, as with LoKr.
         has_new_factors: Whether the factors were computed, so that a format may choose their scale.
+        weighted_values: If the factors have the order ``"weighted"``, the weighted singular value
+            of each component: shape (R,), float64, decreasing. Half of its square is about the
+            Kullback-Leibler divergence of the outputs, in nats per token, without the component.
     """
 
     name: str
@@ -185,6 +188,7 @@ class Layer:
     kind: LayerKind = "LoRA"
     read_svd: Callable[[], KroneckerSVD] | None = field(default=None, repr=False)
     has_new_factors: bool = False
+    weighted_values: Float64Array | None = None
 
     @classmethod
     def from_tensors(

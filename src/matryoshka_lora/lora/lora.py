@@ -24,6 +24,7 @@ import numpy as np
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.linalg.factors import squared_tails
 from matryoshka_lora.lora import convert, save, transforms, truncate
 from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank, check_ranks
@@ -107,9 +108,12 @@ class Lora:
         return 0 if self.small is None else self.small.max_rank
 
     @property
-    def has_singular_order(self) -> bool:
-        """Whether a prefix of its factors, reordered if they have no order, is an SVD's."""
-        return self.order in (None, "svd") and self.deploy != "paper"
+    def has_values(self) -> bool:
+        """Whether its components have singular values, or weighted ones, to choose ranks by.
+
+        Trained ranks have none, and neither has the paper's deployment.
+        """
+        return self.order != "trained" and self.deploy != "paper"
 
     @property
     def size(self) -> int:
@@ -173,6 +177,18 @@ class Lora:
                 small_errors = layer.read().squared_errors
                 assert small_errors is not None  # see `with_small`
                 errors[layer.name] = truncate.with_small_errors(errors[layer.name], small_errors)
+        return errors
+
+    def weighted_squared_errors(self) -> dict[str, Float64Array]:
+        """Return the squared weighted error of each rank from 0 to R by layer, shape (R + 1,).
+
+        It is the sum of the squares of the weighted values that a rank leaves out. Without the
+        order ``"weighted"`` it is empty.
+        """
+        errors: dict[str, Float64Array] = {}
+        for layer in self.layers:
+            if self.order == "weighted" and layer.weighted_values is not None:
+                errors[layer.name] = squared_tails(layer.weighted_values)
         return errors
 
     def map(self, function: Callable[[Factors], Factors]) -> Lora:

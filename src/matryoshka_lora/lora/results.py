@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from matryoshka_lora.errors import printable
 from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.text import format_percent, join_lines
 from matryoshka_lora.units import pluralize
 
 
@@ -22,18 +22,27 @@ class ReorderResult:
             the norm of the update, over all layers.
         singular_values: The singular values of each layer's update by the layer's name, shape
             (R,), or (experts, R), decreasing.
+        weighted_errors: If examples have weighted the order, the weighted error of each nested
+            rank: the root of the share of the squared weighted values that the rank leaves out.
     """
 
     path: Path | None
     ranks: tuple[int, ...]
     errors: dict[int, float]
     singular_values: dict[str, Float64Array]
+    weighted_errors: dict[int, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Return the errors on one line."""
-        errors = ", ".join(f"{rank}: {error:.1%}" for rank, error in self.errors.items())
+        """Return the errors, a line for each kind."""
         name = "The adapter" if self.path is None else str(self.path)
-        return printable(f"{name} can be used at every rank. Relative errors {errors}")
+        lines = [f"{name} can be used at every rank. Relative errors {_format(self.errors)}"]
+        if self.weighted_errors:
+            lines.append(f"Weighted by the examples: {_format(self.weighted_errors)}")
+        return join_lines(lines)
+
+
+def _format(errors: dict[int, float]) -> str:
+    return ", ".join(f"{rank}: {format_percent(error)}" for rank, error in errors.items())
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,8 @@ def _scale_layer(layer: Layer, factor: float) -> Layer:
 
     read_svd = layer.read_svd
     if read_svd is None:
-        return layer.map(multiply)
+        values = layer.weighted_values
+        return layer.map(multiply, weighted_values=None if values is None else values * abs(factor))
     return layer.map(multiply, read_svd=lambda: read_svd().scaled(factor))
 
 

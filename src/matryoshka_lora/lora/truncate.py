@@ -115,9 +115,12 @@ def truncate(
         max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
             ranks that keep most of the update.
 
+    If examples have weighted the order, ``keep``, ``error`` and ``max_bytes`` use the weighted
+    values in place of the singular values, and ``error`` is the weighted error.
+
     Raises:
         MatryoshkaError: The rank is not available, the arguments contradict each other, or the
-            factors are not ordered by singular values and the ranks depend on these.
+            ranks depend on singular values and the factors are not ordered by any.
         NotFiniteError: The ranks depend on the factors, and a factor is NaN or infinite.
     """
     max_rank = lora.max_rank if rank is None else lora.check_rank(rank)
@@ -131,7 +134,7 @@ def truncate(
     share = None if keep is None else parse_share(keep)
     max_error = None if error is None else parse_share(error)
     max_size = None if max_bytes is None else parse_size(max_bytes)
-    if not lora.has_singular_order:
+    if not lora.has_values:
         raise MatryoshkaError(
             f"{lora.name}: `keep`, `error` and `max_bytes` need factors that are ordered by "
             "singular values, and these are not. Pass `rank`: info shows the error of each. Or "
@@ -162,12 +165,18 @@ def truncate(
 
 
 def layer_spectra(lora: Lora, max_ranks: Mapping[str, int]) -> dict[str, LayerSpectrum]:
-    """Return the singular values of each layer, which is given at most a rank by its name."""
+    """Return the singular values of each layer, which is given at most a rank by its name.
+
+    If examples have weighted the order, they are the weighted ones.
+    """
     spectra: dict[str, LayerSpectrum] = {}
     with single_threaded():
         for layer in progress_bar(lora.layers, "singular values"):
+            values = layer.weighted_values if lora.order == "weighted" else None
+            if values is None:
+                values = layer.singular_values()
             spectra[layer.name] = LayerSpectrum(
-                layer.singular_values(), layer.parameters_per_rank, max_ranks[layer.name]
+                values, layer.parameters_per_rank, max_ranks[layer.name]
             )
     return spectra
 
@@ -218,7 +227,10 @@ def _with_rank(lora: Lora, layer: Layer, rank: int) -> Layer:
                 errors = truncation_errors(A, B, scales)
             return Factors(A[..., :rank, :], B[..., :rank], errors)
 
-        return layer.map(cut, rank=rank, scale=scales[rank - 1])
+        values = layer.weighted_values
+        if values is not None:
+            values = pad_end(values[:rank], missing, axis=0)
+        return layer.map(cut, rank=rank, scale=scales[rank - 1], weighted_values=values)
 
     if layer.read_svd is not None:
         read_svd = layer.read_svd

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, short
 from matryoshka_lora.formats.open import find_loras, open_lora
+from matryoshka_lora.linalg.factors import relative_error
 from matryoshka_lora.lora.convert import has_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
@@ -47,7 +48,8 @@ class ExportOptions(TypedDict, total=False):
             the smallest rank that keeps it.
         error: The maximum relative error over all layers, such as ``"10%"`` or ``0.1``: the norm of
             what the output misses over the norm of the update. The layers get the ranks that reach
-            it with few parameters, so the file is usually smaller than with ``keep``.
+            it with few parameters, so the file is usually smaller than with ``keep``. If examples
+            have weighted the order, it is the weighted error.
         max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
             ranks that keep most of the update.
         pad: Whether to write a LoRA of a larger rank to train on, with the same update. Every layer
@@ -91,6 +93,8 @@ class ExportResult:
             over the norm of the update. A ladder has one entry per rank, other formats have one.
         notes: Remarks for the user, one sentence each.
         trained_ranks: The ranks in ``errors`` that were trained, so that they minimise the loss.
+        weighted_error: The weighted error, if examples have weighted the order and the output is
+            one prefix of each layer.
     """
 
     path: Path
@@ -101,6 +105,7 @@ class ExportResult:
     errors: dict[int, float]
     notes: tuple[str, ...] = ()
     trained_ranks: tuple[int, ...] = ()
+    weighted_error: float | None = None
 
     def __repr__(self) -> str:
         """Return the ranks, sizes, errors and notes, as `matryoshka export` prints them."""
@@ -119,6 +124,9 @@ class ExportResult:
                 f"{self.path}: {ranks}{by_layer}, {sizes}",
                 f"Relative error {format_percent(error)} ({remark})",
             ]
+            if self.weighted_error is not None:
+                error = self.weighted_error
+                lines.append(f"Weighted by the examples of reorder: {format_percent(error)}")
         if FORMATS[self.format].is_lora and self.size_after >= self.size_before:
             lines.append("The output is not smaller than the source.")
         lines += self.notes
@@ -269,7 +277,7 @@ def _export(
                 f"{key_format} format, which has other layers for queries, keys and values."
             )
         changed = converted
-    ladder_ranks = None
+    ladder_ranks, weighted_errors = None, changed.weighted_squared_errors()
     if is_ladder:
         ladder_ranks = rank if rank is None or isinstance(rank, Sequence) else [rank]
     elif not pad and (changes_ranks or not is_lora):
@@ -297,12 +305,14 @@ def _export(
             f"The source had a relative error of {lora.original_error:.1%} against its original, "
             f"the output has {result.written.original_error(changed):.1%}."
         )
-    errors = result.errors
+    errors, weighted_error = result.errors, None
     if is_ladder:
         trained_ranks = tuple(rank for rank in errors if rank <= changed.small_rank)
     else:
         errors = {max(result.ranks.values()): result.written.relative_error()}
         trained_ranks = tuple(errors) if changed.order == "trained" else ()
+        if changed.order == "weighted":
+            weighted_error = relative_error(weighted_errors, result.ranks)
     return ExportResult(
         result.path,
         output_format.name,
@@ -312,6 +322,7 @@ def _export(
         errors=errors,
         notes=(*changed.notes, *notes),
         trained_ranks=trained_ranks,
+        weighted_error=weighted_error,
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -75,7 +75,9 @@ class LoraInfo:
         base_model: The base model that the config or the metadata names.
         trigger_words: The trigger words in the metadata, or else the most frequent tags of the
             training images.
-        max_error: The relative error whose rank is shown, if requested.
+        weighted_errors: The weighted error of each rank, if examples have weighted the order: the
+            root of the share of the squared weighted values that the rank leaves out.
+        max_error: The error whose rank is shown, if requested.
     """
 
     lora: Lora
@@ -84,6 +86,7 @@ class LoraInfo:
     layers: dict[str, LayerInfo]
     base_model: str | None
     trigger_words: tuple[str, ...]
+    weighted_errors: dict[int, float] = field(default_factory=dict)
     max_error: float | None = None
 
     def __repr__(self) -> str:
@@ -113,8 +116,11 @@ class LoraInfo:
             lines += ["", *_format_layers(self.layers)]
         errors = {rank: self.errors[rank] for rank in lora.nested_ranks}
         trained_ranks = range(1, lora.small_rank + 1)
-        lines += ["", *format_errors(errors, "update", self.sizes, trained_ranks)]
-        if not lora.has_singular_order:
+        lines += [
+            "",
+            *format_errors(errors, "update", self.sizes, trained_ranks, self.weighted_errors),
+        ]
+        if not lora.has_values:
             lines.append(
                 "  The components are not ordered by singular values, so `export` takes a `rank`, "
                 "and no `error`, `keep` or `max_bytes`."
@@ -123,7 +129,8 @@ class LoraInfo:
         if self.max_error is not None:
             rank = self.rank_for_error(self.max_error)
             error = f"{100 * self.max_error:.4g}%"
-            lines.append(f"Rank {rank} has a relative error of at most {error}.")
+            kind = "weighted" if self.weighted_errors else "relative"
+            lines.append(f"Rank {rank} has a {kind} error of at most {error}.")
         return join_lines(lines)
 
     def _described_models(self) -> str:
@@ -174,8 +181,11 @@ class LoraInfo:
         return sorted({str(layer.dtype) for layer in self.lora.layers})
 
     def rank_for_error(self, max_error: float) -> int:
-        """Return the smallest rank whose relative error is at most a maximum, or else R."""
-        for rank, error in self.errors.items():
+        """Return the smallest rank whose error is at most a maximum, or else R.
+
+        It is the weighted error, if examples have weighted the order.
+        """
+        for rank, error in (self.weighted_errors or self.errors).items():
             if error <= max_error:
                 return rank
         return self.lora.max_rank
@@ -208,6 +218,7 @@ class LoraInfo:
             "other_tensors": sorted(lora.other_tensors),
             "bytes_by_rank": self.sizes,
             "errors_by_rank": self.errors,
+            "weighted_errors_by_rank": self.weighted_errors,
             "layers": {name: vars(layer) for name, layer in self.layers.items()},
         }
         if self.max_error is not None:
@@ -249,6 +260,9 @@ class FolderInfo:
         if any("*" in error for error in errors):
             lines.append(f"  {LARGE_ERROR}")
         lines += [f"{name} cannot be read: {reason}" for name, reason in self.failed.items()]
+        weighted = [name for name, info in self.loras.items() if info.weighted_errors]
+        if weighted:
+            lines.append(f"The error of {', '.join(weighted)} is weighted by examples.")
         total_size = format_size(sum(lora.size for lora in loras))
         lines.append(
             f"{pluralize(len(loras), 'LoRA')}, {total_size}. At rank "
@@ -284,7 +298,8 @@ def info(
         source: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
             LoRA.
         layers: Whether to describe each layer.
-        error: A relative error, such as ``"10%"``, whose rank is shown.
+        error: A relative error, such as ``"10%"``, whose rank is shown; a weighted error, if
+            examples have weighted the order.
         revision: Branch, tag or commit on the Hugging Face Hub.
 
     Raises:
@@ -294,7 +309,7 @@ def info(
     max_error = None if error is None else parse_share(error)
     lora = source if isinstance(source, Lora) else open_lora(source, revision=revision)
     layer_infos: dict[str, LayerInfo] = {}
-    squared_errors = lora.squared_errors()
+    squared_errors, weighted_errors = lora.squared_errors(), lora.weighted_squared_errors()
     if layers:
         with single_threaded():
             for layer in progress_bar(lora.layers, "singular values"):
@@ -310,6 +325,9 @@ def info(
         layers=layer_infos,
         base_model=base_model,
         trigger_words=_trigger_words(lora.metadata),
+        weighted_errors=relative_errors(weighted_errors, lora.available_ranks)
+        if weighted_errors
+        else {},
         max_error=max_error,
     )
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.atomic import PathLike, check_output, create_folder
+from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.examples import read_examples
-from matryoshka_lora.formats import peft_folder
-from matryoshka_lora.formats.open import open_adapter
 from matryoshka_lora.lora.results import TrainRanksResult
-from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
-from matryoshka_lora.peft.load import load
-from matryoshka_lora.registry import Target
+from matryoshka_lora.operations.in_memory import change_in_memory
+from matryoshka_lora.peft.adapter import NestedAdapter
 
 
 def train_ranks(
@@ -59,27 +55,23 @@ def train_ranks(
             already exists.
         NotFiniteError: A factor, the loss or a gradient is NaN or infinite.
     """
-    lora = open_adapter(source, revision)
-    data_files = [path for path in (data, eval_data) if isinstance(path, (str, os.PathLike))]
-    sources: list[PathLike] = [*lora.sources, *data_files]
-    if base_model:
-        sources.append(base_model)
-    output_path = check_output(output, force, sources)
     examples = read_examples(data)
     eval_examples = None if eval_data is None else read_examples(eval_data)
-    model_name, model_revision = peft_folder.base_model_of(lora, base_model, base_revision)
-    model = load_model(model_name, dtype, model_revision)
-    tokenizer = load_adapter_tokenizer(lora, model_name, model_revision)
-    # An output that cannot be written is an error before the training, not after it.
-    with create_folder(output_path, force, sources) as folder:
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            # All layers get the same rank and scale.
-            peft_folder.write(lora.nested(), Path(temporary), Target())
-            adapter = load(model, temporary, is_trainable=True)
-        result = adapter.train_ranks(
+
+    def change(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase) -> TrainRanksResult:
+        return adapter.train_ranks(
             examples, tokenizer, eval_data=eval_examples, max_examples=max_examples, seed=seed
         )
-        # Keep the source's files, so that its tokenizer is copied.
-        trained = replace(adapter.to_lora(), files=lora.files)
-        peft_folder.write(trained.nested(), folder, Target())
-    return replace(result, path=output_path)
+
+    result = change_in_memory(
+        source,
+        output,
+        change,
+        (data, eval_data),
+        base_model=base_model,
+        base_revision=base_revision,
+        revision=revision,
+        dtype=dtype,
+        force=force,
+    )
+    return replace(result, path=Path(output))

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -330,7 +330,8 @@ class NestedAdapter:
 
         Raises:
             MatryoshkaError: The adapter is merged, or sharded over processes, or the data cannot be
-                used.
+                used, and the adapter is unchanged. Or no example uses one of its layers, and it is
+                reordered without the data.
             NotFiniteError: A factor is NaN or infinite, and the adapter is unchanged. Or a gradient
                 is, and the adapter is reordered without the data.
         """
@@ -353,9 +354,17 @@ class NestedAdapter:
         singular_values = {name: v * nesting.scale for name, v in singular_values.items()}
         squared_errors = {name: squared_tails(values) for name, values in singular_values.items()}
         if examples is not None:
-            squared_errors |= self._weight_order(examples, max_examples, seed)
-        errors = relative_errors(squared_errors, nesting.ranks)
-        return ReorderResult(None, nesting.ranks, errors, singular_values)
+            squared_errors = self._weight_order(examples, max_examples, seed)
+        weighted_errors = {
+            name: squared_tails(values) for name, values in self.state.weighted_values.items()
+        }
+        return ReorderResult(
+            None,
+            nesting.ranks,
+            relative_errors(squared_errors, nesting.ranks),
+            singular_values,
+            relative_errors(weighted_errors, nesting.ranks) if weighted_errors else {},
+        )
 
     def _weight_order(
         self, data: TrainingData, max_examples: int, seed: int
@@ -369,24 +378,43 @@ class NestedAdapter:
             moments = second_moments(factors, data, max_examples, seed)
         matrices: FactorMatrices = {}
         squared_errors: dict[str, Float64Array] = {}
+        weighted_values: dict[str, Float64Array] = {}
         for name, (A, B) in factors.copy().items():
-            if name in moments:
-                new_A, new_B, _ = reorder_by_moments(to_numpy(A), to_numpy(B), *moments[name])
-                matrices[name] = to_torch(new_A), to_torch(new_B)
-                squared_errors[name] = truncation_errors(new_A, new_B, scales)
+            new_A, new_B = to_numpy(A), to_numpy(B)
+            weighted_values[name] = np.zeros(nesting.max_rank)
+            if new_B.any():
+                if name not in moments:
+                    raise MatryoshkaError(
+                        f"Layer {name} has no gradient on the examples. Pass examples that use "
+                        "every layer, or reorder without data, as embeddings and target_parameters "
+                        "require."
+                    )
+                new_A, new_B, weighted_values[name] = reorder_by_moments(
+                    new_A, new_B, *moments[name]
+                )
+            matrices[name] = to_torch(new_A), to_torch(new_B)
+            squared_errors[name] = truncation_errors(new_A, new_B, scales)
         with factors.restored_after_error():
             factors.write(matrices)
-            self.mark_ordered("weighted")
+            self.mark_ordered("weighted", weighted_values)
         return squared_errors
 
-    def mark_ordered(self, order: Order) -> None:
+    def mark_ordered(
+        self, order: Order, weighted_values: Mapping[str, Float64Array] | None = None
+    ) -> None:
         """Record that the factors are ordered as they are, and continue with rule ``lora``.
 
         A small adapter is left out.
+
+        Args:
+            order: How they are ordered.
+            weighted_values: For the order ``"weighted"``, the weighted singular values of each
+                layer.
         """
         state = self.state
         rank = state.rank
         state.order.mark(order)
+        state.weighted_values = dict(weighted_values or {})
         state.small_rank = 0
         state.rule = RULES["lora"]
         state.deploy = "reordered"
@@ -558,9 +586,10 @@ class NestedAdapter:
         )
         tensors = {key: store(tensor) for key, tensor in state_dict.items()}
         layers, other_tensors = find_layers(tensors, config, name)
+        values = self.state.weighted_values if order == "weighted" else {}
         lora = Lora(
             name,
-            layers,
+            tuple(replace(layer, weighted_values=values.get(layer.name)) for layer in layers),
             other_tensors,
             nesting=self.nesting,
             order=order,

@@ -184,7 +184,10 @@ def _nest_like_file(model: PeftModel, lora: Lora, adapter_name: str) -> NestedAd
     nested_adapter.state.deploy = lora.deploy
     nested_adapter.state.reset()
     if lora.order is not None:
-        nested_adapter.mark_ordered(lora.order)
+        values = {layer.name: layer.weighted_values for layer in lora.layers}
+        nested_adapter.mark_ordered(
+            lora.order, {name: value for name, value in values.items() if value is not None}
+        )
     if lora.small is not None:
         factors = {layer.name: layer.read() for layer in lora.small.layers}
         nested_adapter.set_small_factors(

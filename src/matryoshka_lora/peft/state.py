@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.nesting import Deploy, Nesting
 from matryoshka_lora.peft.order import FactorOrder
 from matryoshka_lora.rules import Rule
@@ -112,6 +113,8 @@ class NestingState:
         small_rank: The rank k of the small adapter, whose prefixes are the ranks up to k; 0 if
             there is none.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps P, folded into B.
+        weighted_values: If the order is ``"weighted"``, the weighted singular values of each layer
+            by its name, shape (R,).
         rank: The rank in eval mode, from 0 to R.
         train_diagonal: The diagonal in train mode; None until the rule has drawn one.
         eval_diagonal: The diagonal in eval mode and for merging.
@@ -124,6 +127,7 @@ class NestingState:
     seed: int = 0
     deploy: Deploy = "reordered"
     small_rank: int = field(init=False, default=0)
+    weighted_values: dict[str, Float64Array] = field(init=False, default_factory=dict)
     rank: int = field(init=False)
     train_diagonal: Diagonal | None = field(init=False, default=None)
     eval_diagonal: Diagonal = field(init=False)

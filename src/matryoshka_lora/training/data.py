@@ -242,7 +242,7 @@ def _data_of_examples(
             f"Training on examples supports causal LMs only, not {type(base).__name__}. Pass its "
             "Trainer instead."
         )
-    num_embeddings = base.get_input_embeddings().num_embeddings
+    num_embeddings = len(base.get_input_embeddings().weight)  # PEFT's has no num_embeddings
     max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     examples: list[TokenizedExample] = []
     for index, example in enumerate(read_examples(source)):

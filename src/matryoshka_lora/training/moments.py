@@ -41,7 +41,7 @@ def second_moments(
     counts in the loss. Its second moment is the Fisher information matrix of the softmax, so the
     labels do not matter. For other models, the loss is backpropagated.
 
-    Layers that were not used are left out, and so are layers whose A is no module, such as
+    Layers that get no gradient are left out, and so are layers whose A is no module, such as
     embeddings.
 
     Args:
