@@ -254,20 +254,33 @@ def score(model: Any, trainer: AnswerTrainer, examples: Any) -> tuple[float, flo
     num_tokens = 0
     num_right = 0
     num_examples = 0
+    for logits, targets, rows, count in _batches_of_logits(model, trainer, examples):
+        log_probabilities = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+        total_loss -= float(log_probabilities.double().sum())
+        num_tokens += len(targets)
+        wrong_rows = rows[logits.argmax(dim=-1) != targets]
+        num_right += count - len({*wrong_rows.tolist()})
+        num_examples += count
+    return round(total_loss / num_tokens, 6), round(num_right / num_examples, 6)
+
+
+@torch.no_grad()
+def label_log_probabilities(model: Any, trainer: AnswerTrainer, examples: Any) -> Tensor:
+    """Return the log-probabilities of all tokens wherever a token has a label, (labels, tokens)."""
+    batches = _batches_of_logits(model, trainer, examples)
+    return torch.cat([logits.log_softmax(dim=-1) for logits, *_ in batches])
+
+
+def _batches_of_logits(
+    model: Any, trainer: AnswerTrainer, examples: Any
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Yield, for each batch, logits, targets and row of each label, and the number of rows."""
     for batch in trainer.get_eval_dataloader(examples):
         inputs = {key: value.to(model.device) for key, value in batch.items()}
         is_before_target, targets, model_inputs = _answers(inputs)
         with _logits_only_at(model, is_before_target):
             logits = model(**model_inputs, use_cache=False).logits[0].float()
-        log_probabilities = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
-        total_loss -= float(log_probabilities.double().sum())
-        num_tokens += len(targets)
-        rows = is_before_target.nonzero()[:, 0]
-        wrong_rows = rows[logits.argmax(dim=-1) != targets]
-        num_wrong_tokens = torch.bincount(wrong_rows, minlength=len(is_before_target))
-        num_right += int((num_wrong_tokens == 0).sum())
-        num_examples += len(num_wrong_tokens)
-    return round(total_loss / num_tokens, 6), round(num_right / num_examples, 6)
+        yield logits, targets, is_before_target.nonzero()[:, 0], len(is_before_target)
 
 
 @contextmanager
