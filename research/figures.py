@@ -33,7 +33,7 @@ from research.study import LORA_EACH, ROOT, load_study, parse_method
 OUTPUT = ROOT / "docs" / "figures"
 
 FACE_METHODS = (TRAINED, "lora/squeezed", "lora/svd")
-TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
+TASK_METHODS = ("matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
     "matryoshka/prefix": ("P, dropped after training (the paper)", LOOKS["matryoshka/prefix"]),
@@ -48,7 +48,6 @@ SPENT_STUDIES = {
     "family_relationships": {
         "lora/svd": ("ordinary", "family_relationships"),
         TRAINED: ("ordinary", "family_relationships"),
-        LORA_EACH: ("headline", "family_relationships"),
     },
 }
 """The study and the task of each method, by the title of a panel."""
@@ -162,11 +161,7 @@ def _draw_accuracies(
     """Draw the average of the seeds of each method; the first method is on top."""
     for index, method in enumerate(names):
         curves_of_method = [curve for curve in all_curves if curve.method == method]
-        if method == LORA_EACH:
-            ranks = curves_of_method[0].ranks
-            _draw_single_runs(axes, {r: accuracies(curves_of_method, r) for r in ranks}, mode)
-        else:
-            _draw_curve(axes, curves_of_method, mode, average, z_order=4 - 0.1 * index)
+        _draw_curve(axes, curves_of_method, mode, average, z_order=4 - 0.1 * index)
     all_ranks = {rank for curve in all_curves for rank in curve.ranks}
     set_rank_axis(axes, sorted(all_ranks), "rank at which the adapter is used")
 

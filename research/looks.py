@@ -14,6 +14,7 @@ TRAINED = "lora/trained"
 NAMES = {
     "lora/prefix": "LoRA, truncated",
     "lora/svd": "LoRA, then `reorder`",
+    "lora/learned-0.1": "LoRA, then `learned` of version 0.1, which was removed",
     "lora/trained": "**LoRA, then `train_ranks` of version 0.4**",
     "lora-longer/svd": "LoRA for half as long again, then `reorder`",
     "lora/squeezed": "LoRA-Squeeze, our variant: a file for each rank",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from statistics import fmean
 
 from research.blocks.shared import block, read, table
-from research.curves import accuracies, of_method
-from research.study import LORA_EACH
 
 
 @block
@@ -77,14 +75,6 @@ def finetune() -> str:
         if key != "error":
             tuned = f"{unit * fmean(run['tuned'][key] for run in runs):.{digits}f}"
         rows.append([label, *cells, tuned])
-    # LoRA trained at a rank, with the seeds of the fine-tunes; the study has no rank above 16.
-    seeds = {run["seed"] for run in runs}
-    all_curves = of_method("headline", LORA_EACH, "family_relationships")
-    curves = [curve for curve in all_curves if curve.seed in seeds]
-    references: list[str] = []
-    for rank in ranks:
-        references.append(f"{fmean(accuracies(curves, rank)):.1f}" if rank <= 16 else "")
-    rows.append(["*LoRA trained at the rank, right answers, %*", *references, ""])
     heading = ["rank", *map(str, ranks), "the tuned model"]
     with_modules = 100 * fmean(run["whole"]["accuracy"] for run in runs)
     return table(heading, rows) + (

@@ -19,10 +19,10 @@ from research.blocks.shared import (
     median_and_lowest,
     p_kept_minus_lora,
     points,
+    price,
     read,
     reference_cells,
     table,
-    tokens,
     trained_minus,
 )
 from research.curves import curves, reference_accuracies
@@ -41,15 +41,15 @@ def readme_table() -> str:
         cells = [median_and_lowest("every256", method, accuracy_at(r)) for r in _README_RANKS]
         if method == LORA_EACH:
             cells = reference_cells(_README_RANKS)
-        study = "headline" if method == LORA_EACH else "ordinary"
         cells += [
-            median_and_lowest(study, method, accuracy_at(r), "chain_sum") for r in _README_RANKS
+            median_and_lowest("ordinary", method, accuracy_at(r), "chain_sum")
+            for r in _README_RANKS
         ]
-        rows.append([NAMES[method], *cells, tokens("every256", method)])
+        rows.append([NAMES[method], *cells, *price("every256", method)])
     heading = ["right answers in %"]
     for task in ("facts", "sums"):
         heading += [f"{task}, rank {rank}" for rank in _README_RANKS]
-    return table([*heading, "tokens"], rows)
+    return table([*heading, "tokens", "seconds"], rows)
 
 
 @block

@@ -67,11 +67,17 @@ def format_median(shares: Sequence[float]) -> str:
     return f"{median(shares):.1f} ({min(shares):.1f})" if shares else ""
 
 
-def tokens(study: str, method: str) -> str:
-    """Return the tokens of one curve as a multiple of one run of LoRA."""
-    method_tokens = fmean(curve.tokens for curve in of_method(study, method))
-    lora_tokens = fmean(curve.tokens for curve in of_method(study, "lora/svd"))
-    return f"{method_tokens / lora_tokens:.2f}"
+def price(study: str, method: str) -> tuple[str, str]:
+    """Return the tokens and the seconds of one curve as multiples of one run of LoRA.
+
+    The seconds are those of the deployments of one run, in one process: other runs were on other
+    machines.
+    """
+    of_lora, of_curve = of_method(study, "lora/svd"), of_method(study, method)
+    tokens = fmean(curve.tokens for curve in of_curve) / fmean(curve.tokens for curve in of_lora)
+    is_of_one_run = method.startswith("lora/") and method in load_study(study).methods
+    seconds = f"{relative_seconds(study, method):.1f}" if is_of_one_run else ""
+    return f"{tokens:.2f}", seconds
 
 
 def reference_cells(ranks: Sequence[int]) -> list[str]:
@@ -83,15 +89,15 @@ def reference_cells(ranks: Sequence[int]) -> list[str]:
 
 
 def facts_table(study: str, first: str, methods: Sequence[str], ranks: Sequence[int]) -> str:
-    """Return right answers by method and rank: the median, the lowest seed, and the tokens."""
-    heading = [first, *(f"rank {rank}" for rank in ranks), "tokens", "seeds"]
+    """Return right answers by method and rank, the median and the lowest seed, and the price."""
+    heading = [first, *(f"rank {rank}" for rank in ranks), "tokens", "seconds", "seeds"]
     rows: list[list[str]] = []
     for method in methods:
         cells = [median_and_lowest(study, method, accuracy_at(rank)) for rank in ranks]
         if (study, method) == ("every256", LORA_EACH):
             cells = reference_cells(ranks)
         seeds = str(len(of_method(study, method)))
-        rows.append([NAMES[method], *cells, tokens(study, method), seeds])
+        rows.append([NAMES[method], *cells, *price(study, method), seeds])
     return table(heading, rows)
 
 
