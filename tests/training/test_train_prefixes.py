@@ -115,7 +115,7 @@ def test_each_component_is_updated_by_an_adam_of_its_own(ranks: list[int]) -> No
     A = torch.randn(4, 6)
     B = torch.randn(5, 4)
     gradients = [(torch.randn(4, 6), torch.randn(5, 4)) for _ in ranks]
-    optimizer = PrefixAdam({"layer": (A, B)})
+    optimizer = PrefixAdam({"layer": (A, B)}, epsilon=1e-8)
     expected: list[Tensor] = []
     adams: list[torch.optim.Adam] = []
     for component in (*A, *B.T):

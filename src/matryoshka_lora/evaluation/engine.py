@@ -220,7 +220,7 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens or _MAX_BATCH_TOKENS
         self.model = adapter.model
         self.device = self.model.device
-        forward = self.model.get_base_model().forward
+        forward = adapter.base_model.forward
         self._forward_parameters = set(inspect.signature(forward).parameters)
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._max_new_tokens = max(1, self.max_batch_tokens // 8)

@@ -186,7 +186,7 @@ def _open(
             f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass the "
             "result of nest() or load()."
         )
-    if adapter.model.active_adapters != [adapter.name]:  # rank 0 would not be the base model
+    if adapter.active_adapters != [adapter.name]:  # rank 0 would not be the base model
         raise MatryoshkaError(
             f"Adapter {adapter.name!r} is not active alone. Call "
             f"model.set_adapter({adapter.name!r}) first."

@@ -52,6 +52,11 @@ _KOHYA_PREFIXES = {
     "text_encoder_3": "lora_te3",
     ORIGINAL_PART: "lora_unet",
 }
+# The part of a pipeline that a model of diffusers is, by the name of its blocks.
+_PARTS = {
+    **dict.fromkeys(("down_blocks", "mid_block", "up_blocks"), "unet"),
+    **dict.fromkeys(("transformer_blocks", "single_transformer_blocks", "blocks"), "transformer"),
+}
 # Optional parts of the names of models that are not known: kohya's prefixes, and a level of CLIP.
 _OPTIONAL_NAME_PARTS = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
 # The names of blocks for a model's authors, and in diffusers.
@@ -92,8 +97,8 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     are some, the LoRA has no order.
 
     Args:
-        lora: A LoRA of a single file. If its model is not known, its keys must hold the names of
-            the modules, with dots.
+        lora: A LoRA of a single file, or of a PEFT folder for an image model. If its model is not
+            known, its keys must hold the names of the modules, with dots.
         key_format: ``"kohya"``: ``lora_unet_NAME.lora_down.weight`` and an alpha, with underscores
             for the dots of the name, as kohya's scripts and ComfyUI name the module.
             ``"diffusers"``: ``unet.NAME.lora_A.weight``, or ``transformer.``, as diffusers names
@@ -101,11 +106,13 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
             name.
 
     Raises:
-        MatryoshkaError: The LoRA is a PEFT folder, it has tensors that cannot be renamed, or the
-            format has no name for a layer.
+        MatryoshkaError: The LoRA is a PEFT folder for another kind of model, it has tensors that
+            cannot be renamed, or the format has no name for a layer.
         NotFiniteError: A factor of a layer that is split or fused is NaN or infinite.
     """
     check_choice("key_format", key_format, get_args(KeyFormat))
+    if lora.container == "peft" and key_format != "peft":
+        lora = _in_one_file(lora)
     _check_is_single_file(lora)
     if lora.other_tensors:
         key = min(lora.other_tensors)
@@ -134,6 +141,25 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     if set(converted.metadata) - {"format", CONFIGS_KEY}:
         notes += ("A PEFT folder has no place for the metadata of the file, such as its title.",)
     return replace(converted, container="peft", config=config, metadata={}, notes=notes)
+
+
+def _in_one_file(lora: Lora) -> Lora:
+    """Return a LoRA of a PEFT folder as a file with the keys of diffusers.
+
+    Raises:
+        MatryoshkaError: It is not clear which part of a pipeline its layers are in.
+    """
+    parts = {_PARTS.get(layer.name.partition(".")[0]) for layer in lora.layers}
+    known_parts = parts - {None}  # a projection before the blocks may have any name
+    if len(known_parts) != 1:
+        raise MatryoshkaError(
+            f"{lora.name} is a PEFT folder whose layers, such as {short(lora.layers[0].name)}, are "
+            "not those of an image model of diffusers. Omit `key_format`."
+        )
+    part = known_parts.pop()
+    style = _STYLES["diffusers"]
+    layers = tuple(style.rename(layer, f"{part}.{layer.name}") for layer in lora.layers)
+    return replace(lora, layers=layers, container="single", config={}, metadata={"format": "pt"})
 
 
 def has_key_format(lora: Lora, key_format: KeyFormat) -> bool:

@@ -288,7 +288,7 @@ class Lora:
 
         See `matryoshka_lora.lora.convert.convert`.
         """
-        return convert.convert(self, key_format)
+        return self._both(lambda lora: convert.convert(lora, key_format))
 
     def save(
         self,

@@ -243,7 +243,9 @@ def _export(
     force: bool = False,
 ) -> ExportResult:
     drop = check_list("drop", drop)
-    container = "peft" if key_format == "peft" else lora.container
+    container = lora.container
+    if key_format is not None:
+        container = "peft" if key_format == "peft" else "single"
     output_format = choose_format(replace(lora, container=container), output, format)
     is_ladder = output_format.name == "ladder"
     is_lora = output_format.is_lora

@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from matryoshka_lora.atomic import PathLike
@@ -29,6 +30,7 @@ from matryoshka_lora.linalg.factors import (
     squared_tails,
     truncation_errors,
 )
+from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from matryoshka_lora.peft.callback import NestingCallback
-    from matryoshka_lora.training.data import TrainingData
+    from matryoshka_lora.training.data import Collate, Loss, TrainingData
 
 # The model types of transformers whose layers get inputs of shape (length, rows, features). With
 # the same number of tokens and rows, the shape does not show it.
@@ -63,21 +65,22 @@ logger = logging.getLogger(__name__)
 
 
 class NestedAdapter:
-    """A nested adapter of a PEFT model. `nest` and `load` create it.
+    """A nested adapter of a model with PEFT's layers. `nest` and `load` create it.
 
     All settings are stored in the model's layers, so several handles of an adapter share them. Not
     thread-safe.
 
     Args:
-        model: A PEFT model with an adapter that is nested already.
+        model: A model with an adapter that is nested already: a `PeftModel`, or a model of
+            diffusers or transformers with PEFT's layers in it.
         name: PEFT's name of the adapter.
 
     Raises:
         MatryoshkaError: The adapter is not nested.
     """
 
-    def __init__(self, model: PeftModel, name: str = "default") -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, name: str = "default") -> None:
+        self.model: Any = model
         self.name = name
         self._layers = dict(lora_layers(model, name))  # walking through the model takes time
         self._check_nested()
@@ -110,6 +113,18 @@ class NestedAdapter:
         """PEFT's LoRA layers by their names in the base model."""
         self._check_nested()
         return self._layers
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model that has the layers, without PEFT's wrapper."""
+        model: nn.Module = self.model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that take part in the forward; none if they are disabled."""
+        layer = next(iter(self.layers.values()))
+        return [] if layer.disable_adapters else list(layer.active_adapters)
 
     @property
     def state(self) -> NestingState:
@@ -303,6 +318,8 @@ class NestedAdapter:
         data: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        loss: Loss | None = None,
+        collate: Collate | None = None,
         max_examples: int = 64,
         seed: int = 0,
     ) -> ReorderResult:
@@ -322,6 +339,8 @@ class NestedAdapter:
             data: The Trainer that has trained the adapter, a dataset, a list of examples or a file,
                 as in `train_ranks`. Defaults to the unweighted SVD.
             tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
+            loss: As in `train_ranks`.
+            collate: As in `train_ranks`.
             max_examples: The number of examples to use.
             seed: The seed of the choice of examples, and of random directions of the outputs.
 
@@ -346,7 +365,9 @@ class NestedAdapter:
             check_integer("max_examples", max_examples)
             self._check_active()
             with self.use_diagonal(self.state.deployed_q(nesting.max_rank)):
-                examples = read_training_data(self.model, data, tokenizer)
+                examples = read_training_data(
+                    self.model, data, tokenizer, loss=loss, collate=collate
+                )
         matrices, singular_values = factors.svd(self.state.deployed_q(nesting.max_rank).numpy())
         with factors.restored_after_error():
             factors.write(matrices)
@@ -442,6 +463,8 @@ class NestedAdapter:
         data: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        loss: Loss | None = None,
+        collate: Collate | None = None,
         eval_data: Any = None,
         max_examples: int | float | None = None,
         seed: int = 0,
@@ -463,8 +486,15 @@ class NestedAdapter:
 
         Args:
             data: The Trainer that has trained the adapter; a dataset or a list of examples with
-                ``prompt`` and ``completion``; or the path of a file of them.
+                ``prompt`` and ``completion``; or the path of a file of them. With ``loss``, a
+                dataset or a list of any examples.
             tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
+            loss: Returns the mean loss of a batch, as in ``loss(model, batch)``: a scalar in any
+                unit. Defaults to the Trainer's, or to that of a causal language model. Its random
+                numbers must be part of an example, such as noise and timestep of a diffusion
+                model, so that the losses of two ranks can be compared.
+            collate: With ``loss``, makes a batch, a dictionary, of a list of examples. Defaults to
+                ``torch.utils.data.default_collate``.
             eval_data: Examples to validate on: a dataset, a list or a file. Defaults to the
                 Trainer's ``eval_dataset``.
             max_examples: The number of examples to train on; or, as a float such as ``1.0``, their
@@ -494,9 +524,9 @@ class NestedAdapter:
             check_integer("max_examples", max_examples)
         self._check_not_merged("train its ranks")
         self._check_active()
-        if len(self.model.active_adapters) > 1:
+        if len(self.active_adapters) > 1:
             raise MatryoshkaError(
-                f"The adapters {', '.join(self.model.active_adapters)} are active. Call "
+                f"The adapters {', '.join(self.active_adapters)} are active. Call "
                 f"model.set_adapter({self.name!r}) first."
             )
         factors, nesting = self.factors, self.nesting
@@ -505,7 +535,9 @@ class NestedAdapter:
         with self.use_diagonal(torch.ones(nesting.max_rank)):
             try:
                 with same_outcome():
-                    training_data = read_training_data(self.model, data, tokenizer, eval_data)
+                    training_data = read_training_data(
+                        self.model, data, tokenizer, eval_data, loss, collate
+                    )
                 if self.order is None:
                     self.reorder()
                 if len(nesting.ranks) == 1:
@@ -555,7 +587,8 @@ class NestedAdapter:
         A rank that `set_rank` offers only after `reorder` is computed by reordering on the way.
 
         Args:
-            path: The folder to write.
+            path: The folder to write; or, for an image model of diffusers, a ``.safetensors`` file
+                that diffusers and ComfyUI load.
             rank: From 1 to R.
             force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
@@ -567,7 +600,12 @@ class NestedAdapter:
         lora = self._to_lora(_read_later)
         if not self.rule.fixed and rank in self.nesting.ranks:
             lora = replace(lora, deploy="paper")  # the trained prefix, as set_rank() uses it
-        lora.truncate(rank).save(path, "peft", force=force)
+        lora = lora.truncate(rank)
+        if Path(path).suffix == ".safetensors":
+            lora = lora.convert("diffusers")
+            if lora.layers[0].name.startswith("unet."):  # ComfyUI knows a U-Net's names of kohya
+                lora = lora.convert("kohya")
+        lora.save(path, lora.container, force=force)
 
     def to_lora(self) -> Lora:
         """Return a copy of the adapter in memory as a `Lora`."""
@@ -584,7 +622,11 @@ class NestedAdapter:
             adapter_name=self.name,
             save_embedding_layers=self._save_embedding_layers(config["base_model_name_or_path"]),
         )
-        tensors = {key: store(tensor) for key, tensor in state_dict.items()}
+        # Without PEFT's wrapper, the keys have no prefix.
+        tensors = {
+            PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): store(tensor)
+            for key, tensor in state_dict.items()
+        }
         layers, other_tensors = find_layers(tensors, config, name)
         values = self.state.weighted_values if order == "weighted" else {}
         lora = Lora(
@@ -644,8 +686,7 @@ class NestedAdapter:
 
     def _check_active(self) -> None:
         """Raise MatryoshkaError unless the adapter takes part in the model's forward."""
-        is_disabled = any(layer.disable_adapters for layer in self.layers.values())
-        if is_disabled or self.name not in self.model.active_adapters:
+        if self.name not in self.active_adapters:
             raise MatryoshkaError(
                 f"Adapter {self.name!r} is not active. Call model.set_adapter({self.name!r}), or "
                 "enable adapters."
@@ -673,7 +714,7 @@ class NestedAdapter:
 
     def _check_rows_first(self) -> None:
         """Raise MatryoshkaError if dim 0 of the inputs of the model's layers is not the rows."""
-        config = getattr(self.model.get_base_model(), "config", None)
+        config = getattr(self.base_model, "config", None)
         model_type = getattr(config, "model_type", None)
         if model_type in _TIME_MAJOR_MODELS:
             raise MatryoshkaError(

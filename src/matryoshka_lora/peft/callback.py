@@ -57,7 +57,7 @@ class NestingCallback(TrainerCallback):
                 "without a path, and `adapter.save` with force=True."
             )
         trained_layers = {layer for _, layer in lora_layers(kwargs["model"], adapter.name)}
-        is_active = adapter.name in adapter.model.active_adapters
+        is_active = adapter.name in adapter.active_adapters
         if trained_layers != set(adapter.layers.values()) or not is_active:
             raise MatryoshkaError(
                 f"The Trainer does not train adapter {adapter.name!r}: the adapter is not active, "

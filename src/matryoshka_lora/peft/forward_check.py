@@ -36,7 +36,7 @@ class ForwardCheck:
         self._name = adapter.name
         self._state = adapter.state
         self._layers = adapter.layers
-        self._model = adapter.model.base_model.model
+        self._model: Any = adapter.base_model
         # The state of the forward that is being recorded:
         self._root: nn.Module | None = None
         self._diagonal = self._state.eval_diagonal
@@ -44,7 +44,8 @@ class ForwardCheck:
         self._recording: RemovableHandle | None = None
         # generate() enters the model past the tuner.
         self._hooks: list[RemovableHandle] = []
-        for root in (adapter.model.base_model, self._model):
+        tuners = [adapter.model.base_model] if adapter.model is not self._model else []
+        for root in (*tuners, self._model):
             self._hooks += [
                 root.register_forward_pre_hook(self._before, with_kwargs=True),
                 root.register_forward_hook(self._after, always_call=True),

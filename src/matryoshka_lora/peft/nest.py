@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
-from peft import PeftModel
+from torch import nn
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice, short
 from matryoshka_lora.formats.lora_config import check_plain_lora
@@ -37,7 +37,7 @@ _SUPPORTED_LAYERS = (
 
 
 def nest(
-    peft_model: PeftModel,
+    model: nn.Module,
     ranks: Iterable[int] | None = None,
     *,
     scaling: Scaling = "none",
@@ -46,7 +46,7 @@ def nest(
     adapter_name: str = "default",
     seed: int = 0,
 ) -> NestedAdapter:
-    """Make a LoRA adapter of a PEFT model nested.
+    """Make a LoRA adapter nested.
 
     An adapter is nested if every prefix of its factors, the first r rows of A and columns of B, is
     an adapter of rank r: one training run then serves every rank.
@@ -66,8 +66,8 @@ def nest(
         adapter.save("my-adapter")
 
     Args:
-        peft_model: A model from ``get_peft_model`` with a LoRA adapter, untrained, except with rule
-            ``"lora"``.
+        model: A model with a LoRA adapter, untrained, except with rule ``"lora"``: a `PeftModel`,
+            or a model of diffusers or transformers after ``model.add_adapter(LoraConfig(...))``.
         ranks: The nested ranks, which the rule trains and results are reported at. They are
             increasing, and the last one is R, the config's ``r``. Defaults to the powers of two up
             to R.
@@ -85,18 +85,19 @@ def nest(
     Raises:
         MatryoshkaError: The model, the config or a layer cannot be nested. The model is unchanged.
     """
-    if not isinstance(peft_model, PeftModel):
+    configs: Any = getattr(model, "peft_config", None)
+    if not isinstance(model, nn.Module) or not configs:
         raise MatryoshkaError(
-            f"`peft_model` must be a PeftModel, got {type(peft_model).__name__}. Call "
+            f"`model` must be a model with a LoRA adapter, got {type(model).__name__}. Call "
             "peft.get_peft_model(model, LoraConfig(...)) first, or pass trainer.model."
         )
-    layers = dict(lora_layers(peft_model, adapter_name))
+    layers = dict(lora_layers(model, adapter_name))
     if not layers:
-        adapters = ", ".join(map(repr, peft_model.peft_config))
+        adapters = ", ".join(map(repr, configs))
         raise MatryoshkaError(
             f"The model has no LoRA adapter {short(adapter_name)}; its adapters are {adapters}."
         )
-    check_plain_lora(peft_model.peft_config[adapter_name].to_dict(), f"adapter {adapter_name!r}")
+    check_plain_lora(configs[adapter_name].to_dict(), f"adapter {adapter_name!r}")
     rule = get_rule(rule)
     check_deploy(deploy, rule)
     first_layer = next(iter(layers.values()))
@@ -125,7 +126,7 @@ def nest(
     state = NestingState(nesting, rule, order, seed, deploy)
     for layer in layers.values():
         attach(layer, adapter_name, state)
-    adapter = NestedAdapter(peft_model, adapter_name)
+    adapter = NestedAdapter(model, adapter_name)
     ForwardCheck(adapter)
     return adapter
 

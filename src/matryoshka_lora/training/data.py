@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, send_to_device
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from matryoshka_lora.errors import MatryoshkaError, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, short, wrap_errors
 from matryoshka_lora.examples import (
     apply_chat_template,
     common_prefix_length,
@@ -30,11 +31,14 @@ from matryoshka_lora.examples import (
 )
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, Trainer
 
 Batch = dict[str, Any]
 """The inputs of a model with labels, or of another loss of a Trainer, such as pairs of DPO."""
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""Returns the mean loss of a batch on a model."""
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+"""Makes a batch of a list of examples."""
 TokenizedExample = dict[str, list[int]]
 """``input_ids`` and ``labels``."""
 
@@ -82,12 +86,14 @@ class TrainingData:
         validation: The evaluation set, if there is one.
         show_progress: Whether to show a progress bar.
         is_causal: Whether the model shifts the labels, so that the first one never counts.
+        has_custom_loss: Whether ``loss`` is a loss of the user, which may have any unit. Others are
+            in nats.
         log: Takes metrics, and the number of steps that have trained ranks. None if there is no
             Trainer to log them.
     """
 
     examples: Sequence[Any]
-    collate: Callable[[list[Any]], Mapping[str, Any]]
+    collate: Collate
     loss: Callable[[Batch], Tensor]
     device: torch.device
     batch_size: int = 12
@@ -95,6 +101,7 @@ class TrainingData:
     validation: TrainingData | None = None
     show_progress: bool = True
     is_causal: bool = True
+    has_custom_loss: bool = False
     log: Callable[[dict[str, float], int], None] | None = None
 
     def batches(self, indices: Sequence[int], batch_size: int | None = None) -> list[Batch]:
@@ -171,15 +178,17 @@ def _permutations(size: int, seed: int) -> Iterator[list[int]]:
 
 
 def read_training_data(
-    model: PeftModel,
+    model: nn.Module,
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     eval_data: Any = None,
+    loss: Loss | None = None,
+    collate: Collate | None = None,
 ) -> TrainingData:
     """Return training data from a Trainer, a dataset, a list or a file. Nothing is changed.
 
     Args:
-        model: The PEFT model, not wrapped.
+        model: The model, with its LoRA layers.
         data: A Trainer that has trained the model; a dataset or a list of examples; or the path of
             a file with an example in each line, in JSON. An example has ``prompt`` and
             ``completion``, both strings or both lists of messages; or ``messages``, of which the
@@ -187,11 +196,25 @@ def read_training_data(
         tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
         eval_data: Examples to validate on, in one of these forms except a Trainer. Defaults to the
             Trainer's ``eval_dataset``, the first if there are several.
+        loss: Returns the mean loss of a batch of examples of any form. Defaults to the loss of the
+            Trainer, or to that of a causal language model.
+        collate: Makes a batch, a dictionary, of a list of examples. Defaults to
+            ``torch.utils.data.default_collate``. It needs ``loss``.
 
     Raises:
         NoExamplesError: The Trainer generates its examples or streams them, or they have no labels.
-        MatryoshkaError: There are no such examples.
+        MatryoshkaError: There are no such examples, or the loss of the same examples differs.
     """
+    if loss is not None or collate is not None:
+        if loss is None or hasattr(data, "get_train_dataloader"):
+            raise MatryoshkaError(
+                "`collate` needs `loss`, and a Trainer has its own. Pass examples with `loss`, or "
+                "neither."
+            )
+        training_data = _data_with_loss(model, data, loss, collate)
+        if eval_data is not None:
+            training_data.validation = _data_with_loss(model, eval_data, loss, collate)
+        return training_data
     if not hasattr(data, "get_train_dataloader"):
         training_data = _data_of_examples(model, data, tokenizer)
     else:
@@ -227,20 +250,63 @@ def read_training_data(
     return training_data
 
 
+# A loss of the user
+
+
+def _data_with_loss(
+    model: nn.Module, data: Any, loss: Loss, collate: Collate | None
+) -> TrainingData:
+    """Return examples with a loss of the user, after computing the loss of two of them twice."""
+    if isinstance(data, DataLoader):
+        collate = collate or data.collate_fn
+        data = data.dataset
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or len(data) == 0:
+        raise MatryoshkaError(
+            f"Examples must be a list or a dataset with a length, got {short(data)}. Pass "
+            "list(examples)."
+        )
+    training_data = TrainingData(
+        data,
+        collate or default_collate,
+        functools.partial(loss, model),
+        next(model.parameters()).device,
+        is_causal=False,
+        has_custom_loss=True,
+    )
+    losses: list[float] = []
+    with torch.no_grad():
+        for _ in range(2):
+            (batch,) = training_data.batches(range(min(2, len(data))))
+            value = training_data.loss(batch)
+            if not isinstance(value, Tensor) or value.ndim > 0:
+                raise MatryoshkaError(
+                    f"`loss` must return a tensor without dimensions, got {short(value)}. Return "
+                    "the mean over the batch."
+                )
+            losses.append(float(value))
+    # Ranks are compared by their losses, which noise would hide.
+    if not math.isclose(*losses, rel_tol=1e-3):
+        raise MatryoshkaError(
+            f"`loss` returned {losses[0]:g} and then {losses[1]:g} for the same examples. Let each "
+            "example have the same noise each time: store it, and the timestep, in the example."
+        )
+    return training_data
+
+
 # Examples
 
 
 def _data_of_examples(
-    model: PeftModel,
+    model: Any,
     data: DataLoader[Any] | Iterable[object] | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> TrainingData:
     source: Any = data.dataset if isinstance(data, DataLoader) else data
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not _is_causal(base):
         raise MatryoshkaError(
-            f"Training on examples supports causal LMs only, not {type(base).__name__}. Pass its "
-            "Trainer instead."
+            f"Examples without `loss` are for causal LMs, not {type(base).__name__}. Pass `loss`, "
+            "or its Trainer."
         )
     num_embeddings = len(base.get_input_embeddings().weight)  # PEFT's has no num_embeddings
     max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -259,7 +325,7 @@ def _data_of_examples(
         raise MatryoshkaError(
             f"No example has a token with a label within the model's {max_length} positions."
         )
-    loss = functools.partial(_completion_loss, model)
+    loss = functools.partial(_completion_loss, model, base)
     return TrainingData(examples, _collate, loss, next(model.parameters()).device)
 
 
@@ -316,12 +382,12 @@ def _collate(examples: list[TokenizedExample]) -> Batch:
     }
 
 
-def _completion_loss(model: PeftModel, batch: Batch) -> Tensor:
+def _completion_loss(model: nn.Module, base: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss of the tokens with labels, and compute no logits of other positions."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"][:, 1:]
     positions = (labels != IGNORED_LABEL).any(dim=0).nonzero()[:, 0]
-    if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
         logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, positions]
@@ -334,14 +400,14 @@ def _completion_loss(model: PeftModel, batch: Batch) -> Tensor:
 
 
 def _data_of_loader(
-    model: PeftModel, trainer: Trainer, loader: DataLoader[Any], parameter: str
+    model: nn.Module, trainer: Trainer, loader: DataLoader[Any], parameter: str
 ) -> TrainingData:
     """Return the examples of a Trainer's loader, after computing the loss of two of them.
 
     An error of the loss passes unchanged.
 
     Args:
-        model: The PEFT model, not wrapped.
+        model: The model, not wrapped.
         trainer: The Trainer.
         loader: Its loader of training or evaluation examples.
         parameter: The parameter that takes other examples, ``"data"`` or ``"eval_data"``.
@@ -364,7 +430,7 @@ def _data_of_loader(
         # The state's is smaller if auto_find_batch_size has reduced it to fit into memory.
         batch_size=trainer.state.train_batch_size or trainer.args.train_batch_size,
         show_progress=not trainer.args.disable_tqdm,
-        is_causal=_is_causal(model.get_base_model()),
+        is_causal=_is_causal(model.get_base_model() if isinstance(model, PeftModel) else model),
     )
     with torch.no_grad():
         for batch in data.batches(range(min(2, len(examples)))):  # a loss may compare rows
@@ -386,7 +452,7 @@ def _lacks_labels(trainer: Trainer, batch: Batch) -> bool:
     return not (trainer.can_return_loss or any(name in batch for name in trainer.label_names))
 
 
-def _trainer_loss(trainer: Trainer, model: PeftModel, batch: Batch) -> Tensor:
+def _trainer_loss(trainer: Trainer, model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss of a batch as the Trainer computes it."""
     arguments: dict[str, Tensor] = {}
     if trainer.compute_loss_func:

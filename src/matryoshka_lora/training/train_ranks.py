@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.state import PartialState
@@ -28,7 +28,6 @@ from matryoshka_lora.training.factors import FactorMatrices, ModelFactors
 
 _GOLDEN_RATIO = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
 _BETAS = (0.9, 0.99)  # the later components have few steps, so the second must be small
-_EPSILON = 1e-8
 # Scales of the loss. The first keeps small gradients of float16 from underflow, and the second is
 # used if large ones overflow. Powers of two do not change the digits of other dtypes.
 _GRADIENT_SCALES = (2.0**10, 1.0)
@@ -40,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How the low ranks are trained. Losses are in nats.
+    """How the low ranks are trained.
+
+    The unit of a loss is a nat. Of a loss of the user, it is the loss of the base model, so that a
+    multiple of the loss has the same result.
 
     Attributes:
         max_examples: The number of examples if the number seen in training is unknown.
@@ -57,9 +59,10 @@ class Hyperparameters:
         tail_steps: The share of the steps after which this weight is 0.
         smallest_gap: The gap of a rank that is worth training, relative to the gain: the difference
             between the losses of the base model and of rank R.
-        max_gap: The maximum of this gap, in nats. The gain is large if the base model does not know
-            where an answer ends, and a share of it would hide the gaps.
-        min_gap: Its minimum, in nats.
+        max_gap: The maximum of this gap, in units. The gain is large if the base model does not
+            know where an answer ends, and a share of it would hide the gaps.
+        min_gap: Its minimum, in units.
+        epsilon: Adam's epsilon, in units.
     """
 
     max_examples: int = 3200
@@ -75,6 +78,7 @@ class Hyperparameters:
     smallest_gap: float = 0.02
     max_gap: float = 0.05
     min_gap: float = 1e-3
+    epsilon: float = 1e-8
 
 
 def train_ranks(
@@ -131,15 +135,24 @@ def train_ranks(
         before = validation_losses(factors, (0, *ranks), data, split.validation_batches)
         seconds_per_rank = (time.perf_counter() - start) / len(before)
         *smaller_ranks, max_rank = ranks
-        gain = max(0.0, before.pop(0) - before[max_rank])
+        base_loss = before.pop(0)
+        if data.has_custom_loss:
+            unit = abs(base_loss) or 1.0
+            options = replace(
+                options,
+                min_gap=unit * options.min_gap,
+                max_gap=unit * options.max_gap,
+                epsilon=unit * options.epsilon,
+            )
+        gain = max(0.0, base_loss - before[max_rank])
         max_gap = max(options.min_gap, min(options.smallest_gap * gain, options.max_gap))
         behind = [rank for rank in smaller_ranks if before[rank] - before[max_rank] > max_gap]
         if not behind:
             logger.info(
-                "All ranks are as good as rank %d, within %.3f nats (%s): nothing to train.",
+                "All ranks are as good as rank %d, within %.3g (%s): nothing to train.",
                 max_rank,
                 max_gap,
-                ", ".join(f"{rank}: {loss:.3f}" for rank, loss in before.items()),
+                ", ".join(f"{rank}: {loss:.4g}" for rank, loss in before.items()),
             )
             return TrainRanksResult(None, "nothing to train", 0, {}, before, {}), None
         # The first rank above all that are behind, or else the largest one below R.
@@ -175,7 +188,7 @@ def train_ranks(
     if small_rank == 0:
         warnings.warn(
             "The trained ranks are not kept: training would change the validation loss of rank "
-            f"{low_ranks[0]} from {before[low_ranks[0]]:.3f} to {after[low_ranks[0]]:.3f}.",
+            f"{low_ranks[0]} from {before[low_ranks[0]]:.4g} to {after[low_ranks[0]]:.4g}.",
             stacklevel=3,
         )
         return TrainRanksResult(None, "not better", 0, examples_by_rank, before, after), None
@@ -329,7 +342,7 @@ def train_prefixes(
     num_steps = math.ceil(len(indices) / examples_per_step)
     total = sum(1 / rank for rank in ranks)
     schedule = RankSchedule({rank: 1 / rank / total for rank in ranks}, seed)
-    optimizer = PrefixAdam(factors.copy())
+    optimizer = PrefixAdam(factors.copy(), options.epsilon)
     layer_factor = min(1.0, (options.reference_layers / len(factors.parameters)) ** 0.5)
     steps_per_log = math.ceil(num_steps / _NUM_LOGS)
     losses: dict[int, list[float]] = {}
@@ -411,9 +424,11 @@ class PrefixAdam:
 
     Args:
         factors: A, shape (R, in), and B, shape (out, R), of each layer.
+        epsilon: What is added to the root of the second moment of a gradient, to divide by it.
     """
 
-    def __init__(self, factors: FactorMatrices) -> None:
+    def __init__(self, factors: FactorMatrices, epsilon: float) -> None:
+        self._epsilon = epsilon
         self._components = {
             name: (_Components(A), _Components(B.T)) for name, (A, B) in factors.items()
         }
@@ -427,8 +442,8 @@ class PrefixAdam:
         """
         for name, (A, B) in self._components.items():
             grad_A, grad_B = gradients[name]
-            A.step(grad_A, learning_rate)
-            B.step(grad_B.T, learning_rate)
+            A.step(grad_A, learning_rate, self._epsilon)
+            B.step(grad_B.T, learning_rate, self._epsilon)
 
     def factors(self) -> FactorMatrices:
         """Return A and B of each layer."""
@@ -451,7 +466,7 @@ class _Components:
         self._second_moment = torch.zeros_like(values)
         self._num_steps = torch.zeros_like(self.sizes)
 
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
+    def step(self, gradient: Tensor, learning_rate: float, epsilon: float) -> None:
         """Update the first components, one for each row of the gradient."""
         rank = len(gradient)
         gradient = gradient * self.sizes[:rank]
@@ -460,7 +475,7 @@ class _Components:
         num_steps = self._num_steps[:rank].add_(1)
         first_moment = first_moment / (1 - _BETAS[0] ** num_steps)
         second_moment = second_moment / (1 - _BETAS[1] ** num_steps)
-        self.values[:rank] -= learning_rate * first_moment / (second_moment.sqrt() + _EPSILON)
+        self.values[:rank] -= learning_rate * first_moment / (second_moment.sqrt() + epsilon)
 
 
 class RankSchedule:
