@@ -1,4 +1,4 @@
-"""A TRL script with four more lines: the adapter can then be used at every rank.
+"""A TRL script with three more lines: the adapter can then be used at every rank.
 
 python examples/train_with_trl.py --steps 80 --output runs/trl
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
@@ -24,13 +24,8 @@ examples = [
     for a in range(10, 60)
     for b in range(10, 60)
 ]
-config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-model = get_peft_model(load_model(), config)
-
-adapter = nest(model)  # 1 of 4
-
 trainer = SFTTrainer(
-    model=model,
+    model=load_model(),
     args=SFTConfig(
         args.output,
         max_steps=args.steps,
@@ -42,10 +37,11 @@ trainer = SFTTrainer(
     ),
     train_dataset=Dataset.from_list(examples).shuffle(seed=0),
     processing_class=load_tokenizer(),
-    callbacks=[adapter.callback()],  # 2 of 4
+    peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear"),
 )
 trainer.train()
 
-adapter.reorder()  # 3 of 4; adapter.train_ranks(trainer) then trains on half as many examples
-adapter.save(f"{args.output}/adapter")  # 4 of 4
-print(f"Next: matryoshka info {args.output}/adapter")
+adapter = nest(trainer.model)  # 1 of 3
+print(adapter.train_ranks(trainer))  # 2 of 3; adapter.reorder() takes seconds, and trains nothing
+folder = adapter.save(f"{args.output}/adapter")  # 3 of 3
+print(f"Next: matryoshka info {folder}")

@@ -10,6 +10,7 @@ A folder has a manifest of its files. A file has a mark in its header: a key tha
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -192,9 +193,15 @@ def _check_again(path: Path, temporary: Path, force: bool, sources: Sequence[Pat
     try:
         check_output(path, force, sources, is_file=temporary.is_file())
     except MatryoshkaError as error:
-        kept = path.with_name(f"{path.stem[:100]}-{secrets.token_hex(4)}{path.suffix}")
+        kept = free_path(path)
         os.rename(temporary, kept)
         raise MatryoshkaError(f"{error} The output was written to {kept} instead.") from error
+
+
+def free_path(path: Path) -> Path:
+    """Return a path next to another one that does not exist, such as ``adapter-2``."""
+    names = (f"{path.stem[:100]}-{number}{path.suffix}" for number in itertools.count(2))
+    return next(free for free in map(path.with_name, names) if not os.path.lexists(free))
 
 
 @contextmanager

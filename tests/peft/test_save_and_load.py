@@ -119,6 +119,20 @@ def test_a_round_trip_keeps_every_rank(form: str, scaling: str, tmp_path: Path) 
     assert all(torch.equal(value, tensors_again[key]) for key, value in tensors.items())
 
 
+def test_a_trained_adapter_is_saved_next_to_an_existing_path(tmp_path: Path) -> None:
+    adapter = llama_in_form("svd")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_text("mine")
+    for number in (2, 3):
+        with pytest.warns(UserWarning, match=f"a-{number}"):
+            assert adapter.save(tmp_path / "a") == tmp_path / f"a-{number}"
+    with pytest.warns(UserWarning, match="a-4"):  # what this package has not written
+        adapter.save(tmp_path / "a", force=True)
+    assert adapter.save(tmp_path / "a-2", force=True) == tmp_path / "a-2"
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["mine"]
+    assert is_close(by_peft(tmp_path / "a-4"), logits(adapter.model), 1e-5)
+
+
 def test_reordering_a_paper_deployment_drops_p_in_memory_as_well(tmp_path: Path) -> None:
     adapter = llama_in_form("paper")
     expected = logits(adapter.model)

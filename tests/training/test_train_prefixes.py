@@ -63,7 +63,7 @@ def train(
 ) -> FactorMatrices:
     """Return the trained factors."""
     with trainable_factors(adapter.factors):
-        trained, examples_by_rank = train_prefixes(
+        trained, examples_by_rank, _ = train_prefixes(
             adapter.factors,
             ranks,
             data or data_for(adapter),

@@ -61,21 +61,26 @@ class TrainRanksResult:
             empty without examples.
         losses_after: The validation loss after training, of each nested rank that was trained, even
             if it was not kept.
+        num_tokens: The number of tokens that were trained on, without padding; 0 if the examples
+            have none.
+        seconds: The time of training and validation.
     """
 
     path: Path | None
     outcome: Literal["kept", "not better", "nothing to train", "no examples"]
-    small_rank: int
-    examples_by_rank: dict[int, int]
-    losses_before: dict[int, float]
-    losses_after: dict[int, float]
+    small_rank: int = 0
+    examples_by_rank: dict[int, int] = field(default_factory=dict)
+    losses_before: dict[int, float] = field(default_factory=dict)
+    losses_after: dict[int, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    seconds: float = 0.0
 
     def __repr__(self) -> str:
         """Return the outcome, and a table of the validation losses."""
         lines = [
             {
-                "kept": f"The ranks up to {self.small_rank} were trained on "
-                f"{pluralize(self.num_examples, 'example')}. Larger ones are unchanged.",
+                "kept": f"The ranks up to {self.small_rank} were trained on {self._price}. Larger "
+                "ones are unchanged.",
                 "not better": "Training did not improve the ranks, so the trained ones were not "
                 "kept.",
                 "nothing to train": "All ranks are as good as the largest one already, so nothing "
@@ -92,6 +97,11 @@ class TrainRanksResult:
             after = f"  {self.losses_after[rank]:14.3f}" if is_trained else ""
             lines.append(f"{rank:6}  {loss:15.3f}{after}")
         return "\n".join(lines)
+
+    @property
+    def _price(self) -> str:
+        tokens = f"{self.num_tokens:,} tokens, " if self.num_tokens else ""
+        return f"{pluralize(self.num_examples, 'example')} ({tokens}{self.seconds:.0f} s)"
 
     @property
     def num_examples(self) -> int:

@@ -19,7 +19,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from matryoshka_lora.atomic import PathLike
+from matryoshka_lora.atomic import PathLike, check_output, free_path, is_occupied
 from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, check_integer, short
 from matryoshka_lora.formats.peft_folder import find_layers
@@ -542,7 +542,7 @@ class NestedAdapter:
                     self.reorder()
                 if len(nesting.ranks) == 1:
                     logger.info("There is only one nested rank: nothing to train.")
-                    return TrainRanksResult(None, "nothing to train", 0, {}, {}, {})
+                    return TrainRanksResult(None, "nothing to train")
                 result, small = train_ranks(
                     factors, nesting.ranks, training_data, max_examples, seed
                 )
@@ -550,12 +550,12 @@ class NestedAdapter:
                 warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
                 if self.order is None:
                     self.reorder()
-                return TrainRanksResult(None, "no examples", 0, {}, {}, {})
+                return TrainRanksResult(None, "no examples")
         if small is not None:
             self.set_small_factors(small)
         return result
 
-    def save(self, path: PathLike, force: bool = False) -> None:
+    def save(self, path: PathLike, force: bool = False) -> Path:
         """Save a folder that serves every rank, and that PEFT alone loads at rank R.
 
         Factors without an order are reordered on the way; the adapter in memory is unchanged. Rank
@@ -563,11 +563,15 @@ class NestedAdapter:
         which is a warning: see `nest` for ``deploy="paper"``, which saves the trained factors.
 
         Args:
-            path: The folder to write.
+            path: The folder to write. If it already exists and is not replaced, the adapter is
+                written next to it, with a warning: it may have been trained for hours.
             force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
+        Returns:
+            The folder that was written.
+
         Raises:
-            MatryoshkaError: The path already exists or cannot be written.
+            MatryoshkaError: The path cannot be written.
             NotFiniteError: A factor is NaN or infinite.
         """
         lora = self._to_lora(_read_later)
@@ -579,7 +583,15 @@ class NestedAdapter:
                 "factors.",
                 stacklevel=2,
             )
-        lora.nested().save(path, "peft", force=force)
+        try:
+            check_output(path, force)
+        except MatryoshkaError as error:
+            if not Path(path).name or not is_occupied(Path(path)):
+                raise
+            free = free_path(Path(path))
+            warnings.warn(f"{error} The adapter is saved to {free} instead.", stacklevel=2)
+            path = free
+        return lora.nested().save(path, "peft", force=force).path
 
     def export(self, path: PathLike, rank: int, force: bool = False) -> None:
         """Export one rank as an ordinary LoRA adapter, which computes the same as `set_rank`.

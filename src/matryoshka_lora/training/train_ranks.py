@@ -154,7 +154,7 @@ def train_ranks(
                 max_gap,
                 ", ".join(f"{rank}: {loss:.4g}" for rank, loss in before.items()),
             )
-            return TrainRanksResult(None, "nothing to train", 0, {}, before, {}), None
+            return TrainRanksResult(None, "nothing to train", losses_before=before), None
         # The first rank above all that are behind, or else the largest one below R.
         k = min([rank for rank in smaller_ranks if rank > behind[-1]], default=smaller_ranks[-1])
         low_ranks = [rank for rank in smaller_ranks if rank <= k]
@@ -174,26 +174,34 @@ def train_ranks(
         )
         _log_validation(data, before, step=0)
         num_steps = math.ceil(num_examples / _round_up_to_processes(options.examples_per_step))
-        trained, examples_by_rank = train_prefixes(
+        trained, examples_by_rank, num_tokens = train_prefixes(
             factors, range(ranks[0], k + 1), data, split.training_indices, seed, options
         )
         factors.write(trained)
         after = validation_losses(factors, low_ranks, data, split.validation_batches)
         _log_validation(data, after, num_steps)
-    small_rank = 0
+    result = TrainRanksResult(
+        None,
+        "not better",
+        examples_by_rank=examples_by_rank,
+        losses_before=before,
+        losses_after=after,
+        num_tokens=num_tokens,
+        seconds=time.perf_counter() - start,
+    )
     for rank in low_ranks:
         if after[rank] > before[rank]:
             break
-        small_rank = rank
-    if small_rank == 0:
+        result = replace(result, outcome="kept", small_rank=rank)
+    if result.outcome == "not better":
         warnings.warn(
             "The trained ranks are not kept: training would change the validation loss of rank "
             f"{low_ranks[0]} from {before[low_ranks[0]]:.4g} to {after[low_ranks[0]]:.4g}.",
             stacklevel=3,
         )
-        return TrainRanksResult(None, "not better", 0, examples_by_rank, before, after), None
-    small = {name: (A[:small_rank], B[:, :small_rank]) for name, (A, B) in trained.items()}
-    return TrainRanksResult(None, "kept", small_rank, examples_by_rank, before, after), small
+        return result, None
+    k = result.small_rank
+    return result, {name: (A[:k], B[:, :k]) for name, (A, B) in trained.items()}
 
 
 def _num_examples(
@@ -312,7 +320,7 @@ def train_prefixes(
     indices: Sequence[int],
     seed: int,
     options: Hyperparameters,
-) -> tuple[FactorMatrices, dict[int, int]]:
+) -> tuple[FactorMatrices, dict[int, int], int]:
     """Train prefixes of the factors on some examples.
 
     Each step trains one rank r, and a rank gets a share of the steps in proportion to 1 / r. A step
@@ -333,7 +341,8 @@ def train_prefixes(
 
     Returns:
         The trained factors: A, shape (R, in), and B, shape (out, R), of each layer, in the dtype of
-        the parameters; and the number of examples that each rank was trained on.
+        the parameters; the number of examples that each rank was trained on; and the number of
+        tokens of all of them.
 
     Raises:
         NotFiniteError: The loss or a gradient is not finite.
@@ -347,6 +356,7 @@ def train_prefixes(
     steps_per_log = math.ceil(num_steps / _NUM_LOGS)
     losses: dict[int, list[float]] = {}
     num_examples: Counter[int] = Counter()
+    num_tokens = 0
     state = PartialState()
     is_shown = data.show_progress and state.is_main_process
     progress = training_bar(range(num_steps), "training ranks", is_shown=is_shown)
@@ -359,6 +369,7 @@ def train_prefixes(
             # Batches without labels are omitted, perhaps not in all processes.
             num_batches = gather(torch.tensor([len(batches)], device=data.device)).min()
             batches = batches[: int(num_batches)]
+        num_tokens += sum(map(_num_tokens, batches))
         q = torch.ones(factors.max_rank, dtype=torch.float64)
         q[rank:] = options.tail_factor * max(0.0, 1 - step / (options.tail_steps * num_steps))
         with factors.masked(q):
@@ -376,7 +387,16 @@ def train_prefixes(
             metrics = {f"train_ranks/rank_{rank}_loss": mean for rank, mean in means.items()}
             data.log(metrics, step + 1)
             losses.clear()
-    return factors.copy(), dict(sorted(num_examples.items()))
+    (total_tokens,) = _sum_over_processes([torch.tensor(num_tokens)], data.device)
+    return factors.copy(), dict(sorted(num_examples.items())), int(total_tokens)
+
+
+def _num_tokens(batch: Batch) -> int:
+    """Return the number of tokens of a batch, without padding; 0 if it has none."""
+    tokens = batch.get("attention_mask", batch.get("input_ids"))
+    if tokens is None:
+        return 0
+    return int(tokens.sum()) if "attention_mask" in batch else tokens.numel()
 
 
 def loss_and_gradients(
