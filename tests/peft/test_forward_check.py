@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.examples import lookup_examples
 from helpers.models import lora_config, nest_as, nested_llama, randomize, tiny_llama
 from helpers.plain_peft import IDS
 from peft import get_peft_model
@@ -98,6 +99,20 @@ def test_training_with_such_kernels_is_an_error(rule: str, monkeypatch: pytest.M
     patch_instances(plain.model, monkeypatch)
     plain.draw(0)
     forward(plain)
+
+
+def test_ranks_are_trained_with_such_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training the ranks needs A and B, and no diagonal."""
+    results = []
+    for is_patched in (False, True):
+        adapter = nested_llama(NESTING, "lora", layers=1)
+        if is_patched:
+            patch_instances(adapter.model, monkeypatch)
+        examples = lookup_examples(64)
+        results.append(adapter.train_ranks(examples, eval_data=examples, max_examples=64))
+    expected, actual = results
+    assert actual.losses_before == pytest.approx(expected.losses_before, rel=1e-4)
+    assert actual.losses_after == pytest.approx(expected.losses_after, rel=1e-3)
 
 
 def test_modules_without_input_are_no_error() -> None:

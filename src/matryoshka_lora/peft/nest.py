@@ -23,8 +23,7 @@ from matryoshka_lora.peft.state import NestingState
 from matryoshka_lora.peft.variant import NestedVariant, attach
 from matryoshka_lora.rules import RULES, Rule, get_rule
 
-# By exact class, because PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ) or in
-# merge (torchao, INC). By name, because importing PEFT's bitsandbytes layers imports bitsandbytes.
+# By name, because importing PEFT's bitsandbytes layers imports bitsandbytes.
 _SUPPORTED_LAYERS = (
     "layer.Linear",
     "layer.Embedding",
@@ -33,6 +32,17 @@ _SUPPORTED_LAYERS = (
     "layer.Conv3d",
     "bnb.Linear4bit",
     "bnb.Linear8bitLt",
+    "hqq.HqqLoraLinear",
+)
+# They ignore a variant in forward (AQLM, AWQ, EETQ) or in merging (INC, torchao), or were not run
+# (GPTQ). Their factors are reordered and trained at rank R as others are.
+_LAYERS_AT_MAX_RANK = (
+    "aqlm.AqlmLoraLinear",
+    "awq.AwqLoraLinear",
+    "eetq.EetqLoraLinear",
+    "gptq.GPTQLoraLinear",
+    "inc.IncLoraLinear",
+    "torchao.TorchaoLoraLinear",
 )
 
 
@@ -100,6 +110,8 @@ def nest(
     check_plain_lora(configs[adapter_name].to_dict(), f"adapter {adapter_name!r}")
     rule = get_rule(rule)
     check_deploy(deploy, rule)
+    classes = {_class_name(layer) for layer in layers.values()}
+    fixed_layers = ", ".join(sorted(classes.intersection(_LAYERS_AT_MAX_RANK)))
     first_layer = next(iter(layers.values()))
     max_rank, scale = first_layer.r[adapter_name], first_layer.scaling[adapter_name]
     for name, layer in layers.items():
@@ -123,7 +135,7 @@ def nest(
             f"LoraConfig(r={nesting.max_rank})."
         )
     order = FactorOrder(layers, adapter_name)
-    state = NestingState(nesting, rule, order, seed, deploy)
+    state = NestingState(nesting, rule, order, seed, deploy, fixed_layers)
     for layer in layers.values():
         attach(layer, adapter_name, state)
     adapter = NestedAdapter(model, adapter_name)
@@ -141,13 +153,18 @@ def check_deploy(deploy: Deploy, rule: Rule) -> None:
         )
 
 
+def _class_name(layer: LoraModule) -> str:
+    """Return the name of a layer's class in ``peft.tuners.lora``, with its module."""
+    name = f"{type(layer).__module__}.{type(layer).__name__}"
+    return name.removeprefix("peft.tuners.lora.")
+
+
 def _check_layer(
     name: str, layer: LoraModule, adapter_name: str, max_rank: int, scale: float
 ) -> None:
     """Raise MatryoshkaError if a layer cannot be nested correctly."""
-    layer_class = f"{type(layer).__module__}.{type(layer).__name__}"
-    layer_class = layer_class.removeprefix("peft.tuners.lora.")
-    if layer_class not in _SUPPORTED_LAYERS:
+    layer_class = _class_name(layer)
+    if layer_class not in _SUPPORTED_LAYERS + _LAYERS_AT_MAX_RANK:
         raise MatryoshkaError(
             f"Layer {name} cannot be nested, because PEFT's {layer_class} is not supported. Omit "
             "it from target_modules; or train with PEFT alone, and truncate the saved adapter "

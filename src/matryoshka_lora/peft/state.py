@@ -113,6 +113,8 @@ class NestingState:
         small_rank: The rank k of the small adapter, whose prefixes are the ranks up to k; 0 if
             there is none.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps P, folded into B.
+        fixed_layers: The classes of PEFT's layers that compute rank R only; empty if there are
+            none.
         weighted_values: If the order is ``"weighted"``, the weighted singular values of each layer
             by its name, shape (R,).
         rank: The rank in eval mode, from 0 to R.
@@ -126,6 +128,7 @@ class NestingState:
     order: FactorOrder
     seed: int = 0
     deploy: Deploy = "reordered"
+    fixed_layers: str = ""
     small_rank: int = field(init=False, default=0)
     weighted_values: dict[str, Float64Array] = field(init=False, default_factory=dict)
     rank: int = field(init=False)
@@ -147,8 +150,19 @@ class NestingState:
         self.eval_diagonal = self.diagonal(self.deployed_q(rank))
 
     def diagonal(self, q: Tensor) -> Diagonal:
-        """Return a diagonal of the adapter; see `Diagonal`."""
-        return Diagonal(q, self.nesting.max_rank)
+        """Return a diagonal of the adapter; see `Diagonal`.
+
+        Raises:
+            MatryoshkaError: It is not plain LoRA of rank R, and a layer computes nothing else.
+        """
+        diagonal = Diagonal(q, self.nesting.max_rank)
+        if self.fixed_layers and not diagonal.is_one:
+            raise MatryoshkaError(
+                f"PEFT's layers {self.fixed_layers} compute rank R only. Export the rank, and load "
+                "it with PEFT; or load the base model in another quantization, such as "
+                "bitsandbytes."
+            )
+        return diagonal
 
     def check_order(self) -> None:
         """Raise MatryoshkaError if the rank in eval mode needs an order that has ended."""

@@ -131,8 +131,8 @@ def _with_weight(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]
 
 def _add(module: LoraModule, weight: Tensor, delta: Tensor) -> Tensor:
     # A quantized layer passes its dequantized weight, and rounds the sum itself.
-    base_weight = cast(Tensor, module.get_base_layer().weight)
-    if not base_weight.is_floating_point():
+    base_weight = getattr(module.get_base_layer(), "weight", None)
+    if not isinstance(base_weight, Tensor) or not base_weight.is_floating_point():
         return weight.to(delta) + delta
     return weight + delta.to(weight)
 
