@@ -508,7 +508,8 @@ def test_train_ranks_and_extract(workspace: Path, run: Run) -> None:
     plain_adapter(workspace / "lora", AutoModelForCausalLM.from_pretrained("base"))
     for line in (
         "train-ranks lora --data examples.jsonl --base-model base --dtype fp32 -o trained",
-        "reorder lora --data examples.jsonl --base-model base --dtype fp32 -o weighted",
+        "reorder lora --data examples.jsonl --base-model base -o weighted "
+        "--model-args dtype=float32,attn_implementation=eager",
         "info weighted --error 20%",
         "export weighted --error 20% -o small",
         "export lora --rank 4 --format merged --base-model base -o tuned",

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,3 +155,24 @@ def test_the_bundled_model_is_unpacked_once(
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     sequences = model.generate(**prompt, do_sample=False, max_new_tokens=3)
     assert "Paris" in tokenizer.decode(sequences[0])
+
+
+def test_a_model_that_does_not_fit_is_an_error_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a model whose weights are a sparse file of 10 TB in bfloat16."""
+    save_tiny_chat(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({**json.loads((tmp_path / "config.json").read_text()), "dtype": "bfloat16"})
+    )
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(10 * 10**12)
+    with pytest.raises(MatryoshkaError, match=r"20\.0TB.*device_map=auto"):
+        load_model(str(tmp_path), "fp32")
+
+
+@pytest.mark.parametrize("option", [{"device_map": "auto"}, {"load_in_8bit": True}])
+def test_large_models_have_options(tmp_path: Path, option: dict[str, Any]) -> None:
+    save_tiny_chat(tmp_path)
+    model = load_model(str(tmp_path), "fp32", **option)
+    assert model(torch.tensor([[1, 2]])).logits.isfinite().all()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,6 +51,14 @@ BaseRevisionOption = Annotated[
 DtypeOption = Annotated[
     DtypeName | None,
     typer.Option(help="Dtype of the base model.", show_default="bf16 if the hardware supports it"),
+]
+ModelArgsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=VALUE,...",
+        help="More arguments of from_pretrained for the base model, as in lm-eval: "
+        "device_map=auto, load_in_4bit=True, attn_implementation=eager.",
+    ),
 ]
 KeepOption = Annotated[
     str | None,
@@ -125,6 +134,24 @@ ExamplesOption = Annotated[
         exists=True, help="A .jsonl file of examples with prompt and completion, or messages."
     ),
 ]
+
+
+def parse_model_args(text: str | None) -> dict[str, Any] | None:
+    """Return arguments in lm-eval's format, such as ``"device_map=auto,load_in_4bit=True"``."""
+    if text is None:
+        return None
+    arguments: dict[str, Any] = {}
+    for part in text.split(","):
+        name, separator, value = part.strip().partition("=")
+        if not (separator and name):
+            raise typer.BadParameter(f"{short(part)} is not NAME=VALUE.")
+        if name == "trust_remote_code":
+            raise typer.BadParameter("trust_remote_code is never set: load the model in Python.")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = {"true": True, "false": False}.get(value, value)
+    return arguments
 
 
 def parse_ranks(text: str | None) -> list[int] | None:

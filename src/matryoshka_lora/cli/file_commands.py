@@ -23,11 +23,13 @@ from matryoshka_lora.cli.arguments import (
     KeyFormatOption,
     LoraArgument,
     MaxBytesOption,
+    ModelArgsOption,
     OutputOption,
     PadOption,
     RankOrRanksOption,
     RevisionOption,
     ScaleOption,
+    parse_model_args,
     parse_rank_of_sum,
     parse_ranks,
     parse_scale,
@@ -135,6 +137,7 @@ def reorder(
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
     dtype: DtypeOption = None,
+    model_args: ModelArgsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Reorder the components of any LoRA by SVD, so that it can be used at every rank.
@@ -162,6 +165,7 @@ def reorder(
         base_revision=base_revision,
         revision=revision,
         dtype=dtype,
+        model_args=parse_model_args(model_args),
         force=force,
     )
     typer.echo(result)

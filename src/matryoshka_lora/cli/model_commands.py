@@ -15,9 +15,11 @@ from matryoshka_lora.cli.arguments import (
     DtypeOption,
     ExamplesOption,
     ForceOption,
+    ModelArgsOption,
     OutputOption,
     RanksOption,
     RevisionOption,
+    parse_model_args,
     parse_ranks,
 )
 from matryoshka_lora.cli.terminal import (
@@ -118,6 +120,7 @@ def train_ranks(
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
     dtype: DtypeOption = None,
+    model_args: ModelArgsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Train the low ranks of an adapter, in a small adapter of their own. Rank R stays the same.
@@ -142,6 +145,7 @@ def train_ranks(
         base_revision=base_revision,
         revision=revision,
         dtype=dtype,
+        model_args=parse_model_args(model_args),
         force=force,
     )
     typer.echo(str(result))
@@ -182,6 +186,7 @@ def evaluate(
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
     dtype: DtypeOption = None,
+    model_args: ModelArgsOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -212,6 +217,7 @@ def evaluate(
         base_revision=base_revision,
         revision=revision,
         dtype=dtype,
+        model_args=parse_model_args(model_args),
         num_fewshot=num_fewshot,
         limit=limit,
         max_batch_tokens=max_batch_tokens,

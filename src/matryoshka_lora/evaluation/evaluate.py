@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from matryoshka_lora.atomic import PathLike, check_output, create_folder, replace_file
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports, printable
@@ -40,6 +40,7 @@ def evaluate(
     base_revision: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     max_batch_tokens: int | None = None,
@@ -71,6 +72,7 @@ def evaluate(
         revision: The adapter's revision on the Hugging Face Hub.
         dtype: The dtype of the base model; see `matryoshka_lora.peft.base_model.load_model`.
             Defaults to one that suits the hardware.
+        model_args: More arguments of `load_model`, such as ``{"device_map": "auto"}``.
         num_fewshot: The number of few-shot examples. Defaults to the task's own.
         limit: The maximum number of examples of a task.
         max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
@@ -126,7 +128,9 @@ def evaluate(
         "limit": limit,
     }
     if nested is None:
-        nested = load(load_model(base_model, dtype, base_revision), lora.files[0].parent)
+        options = {"dtype": dtype, **(model_args or {})}
+        model = load_model(base_model, revision=base_revision, **options)
+        nested = load(model, lora.files[0].parent)
     settings["dtype"] = str(nested.model.dtype).removeprefix("torch.")
     evaluation = Evaluation(
         settings, ranks, {rank: lora.truncate(rank).file_size for rank in ranks}

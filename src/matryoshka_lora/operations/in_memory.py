@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,7 @@ def change_in_memory(
     base_revision: str | None,
     revision: str | None,
     dtype: torch.dtype | str | None,
+    model_args: Mapping[str, Any] | None,
     force: bool,
 ) -> Result:
     """Load a LoRA onto its base model, change it, and write it as a nested adapter.
@@ -46,6 +47,7 @@ def change_in_memory(
         base_revision: Its revision on the Hub. Defaults to the one that the config names.
         revision: Branch, tag or commit of the source on the Hub.
         dtype: Dtype of the base model, as `load_model` takes it. Chosen by the hardware by default.
+        model_args: More arguments of `load_model`.
         force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
     Raises:
@@ -58,7 +60,8 @@ def change_in_memory(
         sources.append(base_model)
     output_path = check_output(output, force, sources)
     model_name, model_revision = peft_folder.base_model_of(lora, base_model, base_revision)
-    model = load_model(model_name, dtype, model_revision)
+    options = {"dtype": dtype, **(model_args or {})}
+    model = load_model(model_name, revision=model_revision, **options)
     tokenizer = load_adapter_tokenizer(lora, model_name, model_revision)
     # An output that cannot be written is an error before the computation, not after it.
     with create_folder(output_path, force, sources) as folder:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
@@ -31,6 +31,7 @@ def reorder(
     base_revision: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> ReorderResult:
@@ -55,6 +56,7 @@ def reorder(
         base_revision: Its revision on the Hub. Defaults to the one that the config names.
         revision: Branch, tag or commit of the source on the Hugging Face Hub.
         dtype: Dtype of the base model, as `load_model` takes it. Chosen by the hardware by default.
+        model_args: More arguments of `load_model`, such as ``{"device_map": "auto"}``.
         seed: The seed of the choice of examples, and of random directions of the outputs.
         force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
@@ -87,6 +89,7 @@ def reorder(
             base_revision=base_revision,
             revision=revision,
             dtype=dtype,
+            model_args=model_args,
             force=force,
         )
         return replace(result, path=Path(output))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ def train_ranks(
     base_revision: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> TrainRanksResult:
@@ -47,6 +49,7 @@ def train_ranks(
         base_revision: Its revision on the Hub. Defaults to the one that the config names.
         revision: Branch, tag or commit of the source on the Hub.
         dtype: Dtype of the base model, as `load_model` takes it. Chosen by the hardware by default.
+        model_args: More arguments of `load_model`, such as ``{"device_map": "auto"}``.
         seed: The seed of the order of the examples and ranks.
         force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
@@ -72,6 +75,7 @@ def train_ranks(
         base_revision=base_revision,
         revision=revision,
         dtype=dtype,
+        model_args=model_args,
         force=force,
     )
     return replace(result, path=Path(output))

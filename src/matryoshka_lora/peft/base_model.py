@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import get_max_memory
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from matryoshka_lora.bundled_model import BUNDLED_MODEL, BUNDLED_MODEL_ID, resolve_model_path
-from matryoshka_lora.errors import wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
 from matryoshka_lora.formats.hub import leads_out_of_folder
 from matryoshka_lora.tensors import cpu_has_bf16
+from matryoshka_lora.units import format_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +27,9 @@ if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
 
 logger = logging.getLogger(__name__)
+
+_BITS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
+"""Arguments of bitsandbytes' config."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -53,12 +61,15 @@ def load_model(
         revision: Branch, tag or commit of a model on the Hugging Face Hub.
         device: Defaults to this machine's accelerator, or else the CPU. A quantized model, or one
             with a ``device_map``, stays on the device that transformers chooses.
-        options: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+        options: Passed on to ``AutoModelForCausalLM.from_pretrained``, such as
+            ``device_map="auto"``. ``load_in_4bit=True`` and ``load_in_8bit=True`` quantize the
+            model with bitsandbytes.
 
     Raises:
-        MatryoshkaError: The model cannot be found, downloaded or read.
+        MatryoshkaError: The model cannot be found, downloaded or read, or it does not fit into the
+            memory of the device.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     name = name or BUNDLED_MODEL
     if device is None:
@@ -66,6 +77,13 @@ def load_model(
     if dtype is None:
         dtype = default_dtype()
         logger.info("Loading the model in %s on %s.", str(dtype).removeprefix("torch."), device)
+    bits = {key: value for key, value in options.items() if key in _BITS}
+    if bits:
+        options = {key: value for key, value in options.items() if key not in _BITS}
+        with optional_imports(), _wrap_loading_errors("model", name):
+            options["quantization_config"] = BitsAndBytesConfig(**bits)
+    elif "device_map" not in options and "quantization_config" not in options:
+        _check_memory(name, revision, dtype, torch.device(device))
     with _wrap_loading_errors("model", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve_model_path(name, revision),
@@ -80,6 +98,34 @@ def load_model(
     if is_quantized or "device_map" in options:
         return model
     return model.to(device)
+
+
+def _check_memory(
+    name: str, revision: str | None, dtype: torch.dtype | str, device: torch.device
+) -> None:
+    """Raise MatryoshkaError if the weights of a model do not fit into the memory of a device.
+
+    A model that is not on this machine yet is not checked.
+    """
+    folder = Path(resolve_model_path(name, revision))
+    if not folder.is_dir():
+        with suppress(OSError, ValueError):  # it was not downloaded
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    memory = get_max_memory()  # of each device
+    available = memory.get(device.type, memory.get(device.index or 0, math.inf))
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+        wanted = DTYPES.get(str(dtype), dtype)
+        if isinstance(stored, torch.dtype) and isinstance(wanted, torch.dtype):
+            size = size * wanted.itemsize // stored.itemsize
+    if size > available:
+        raise MatryoshkaError(
+            f"The weights of {name!r} take {format_size(size)}, and {device} has "
+            f"{format_size(available)} of free memory. Load the model with device_map=auto, with "
+            "load_in_4bit=True, or in another dtype."
+        )
 
 
 def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreTrainedTokenizerBase:
