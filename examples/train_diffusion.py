@@ -167,13 +167,17 @@ def main() -> None:
     train(model, examples, options.batch_size, options.learning_rate)
 
     adapter = nest(model)
+    # The held-out examples are the same images with other noise: there are only a few images.
     result = adapter.train_ranks(
-        examples, loss=denoising_loss, eval_data=held_out, max_examples=count // 2
+        DataLoader(examples, options.batch_size),
+        loss=denoising_loss,
+        eval_data=DataLoader(held_out, options.batch_size),
+        max_examples=count // 2,
     )
     print(result)
     print(f"{adapter.save(options.output / 'adapter')} has every rank, for matryoshka export.")
     for rank in adapter.nesting.ranks:
-        adapter.export(options.output / f"rank-{rank}.safetensors", rank)
+        adapter.export(options.output / f"rank-{rank}.safetensors", rank, force=True)
     print(f"{options.output}/rank-*.safetensors are for diffusers and ComfyUI.")
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import default_collate
 
 import matryoshka_lora as ml
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, nest
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 from helpers.diffusers_models import small_flux, small_unet  # noqa: E402
@@ -228,6 +228,45 @@ def test_an_adapter_without_a_wrapper_is_an_ordinary_adapter(tmp_path: Path, rou
     assert adapter.train_ranks(lookup_examples(64), max_examples=64).outcome != "no examples"
 
 
+def test_batches_may_have_any_form() -> None:
+    """A loader gives the collator and the size of the batches. Dropout is no noise."""
+    config = LoraConfig(r=2, target_modules=["0", "2"], lora_dropout=0.5)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    adapter = nest(get_peft_model(network, config))
+    randomize(adapter.model)
+    adapter.model.train()
+    examples = [(torch.randn(4), torch.randn(4)) for _ in range(16)]
+    sizes: list[int] = []
+
+    def collate_pairs(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        sizes.append(len(pairs))
+        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return mse_loss(model(batch[0]), batch[1])
+
+    loader: Any = torch.utils.data.DataLoader(examples, 3, collate_fn=collate_pairs)  # type: ignore[arg-type]
+    adapter.train_ranks(loader, loss=loss, eval_data=examples, max_examples=32)
+    assert max(sizes) == 3
+    assert adapter.model.training
+
+
+def test_a_loss_that_ignores_the_model_is_named() -> None:
+    adapter, other = trained_unet(), new_unet()
+    with pytest.warns(UserWarning, match="the model that it gets"):
+        result = adapter.train_ranks(
+            TRAINING, loss=lambda model, batch: denoising_loss(other, batch), max_examples=16
+        )
+    assert result.outcome == "nothing to train"
+
+
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    with pytest.raises(NotFiniteError):
+        trained_unet().train_ranks(
+            TRAINING, loss=lambda model, batch: math.nan * denoising_loss(model, batch)
+        )
+
+
 def random_loss(model: Any, batch: Example) -> Tensor:
     return denoising_loss(model, {**batch, "noise": torch.randn_like(batch["noise"])})
 
@@ -248,9 +287,12 @@ def test_losses_that_cannot_be_used_are_errors(options: dict[str, Any], match: s
     assert adapter.order is None
 
 
-def test_examples_that_cannot_be_indexed_are_an_error() -> None:
-    with pytest.raises(MatryoshkaError, match="list"):
-        trained_unet().train_ranks(iter(TRAINING), loss=denoising_loss)
+def test_examples_that_cannot_be_used_are_an_error() -> None:
+    adapter = trained_unet()
+    with pytest.raises(MatryoshkaError, match=r"`data`.*list"):
+        adapter.train_ranks(iter(TRAINING), loss=denoising_loss)
+    with pytest.raises(MatryoshkaError, match="`eval_data` has no examples"):
+        adapter.train_ranks(TRAINING, loss=denoising_loss, eval_data=[])
 
 
 def test_a_trainer_has_its_own_loss(tmp_path: Path) -> None:

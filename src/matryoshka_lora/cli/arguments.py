@@ -123,7 +123,11 @@ FormatOption = Annotated[
 ]
 KeyFormatOption = Annotated[
     KeyFormat | None,
-    typer.Option(help="For a single file: write its keys in this format. peft writes a folder."),
+    typer.Option(
+        help="For image models: write one file with keys in this format. peft writes a folder.",
+        show_default="that of a file; for a folder and an output that ends in .safetensors, one "
+        "that diffusers and ComfyUI load",
+    ),
 ]
 RanksOption = Annotated[
     str | None, typer.Option(help="Ranks such as 1,2,4.", show_default="the nested ranks")

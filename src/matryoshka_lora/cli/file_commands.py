@@ -108,6 +108,8 @@ def _print_next_of_folder(folder: Path, folder_info: FolderInfo) -> None:
 
 
 def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> None:
+    from matryoshka_lora.lora.convert import part_of_pipeline
+
     ranks = result.lora.nested_ranks
     source = [lora, *revision_option(revision)]
     if result.lora.container == "single":
@@ -116,7 +118,9 @@ def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> N
     elif result.lora.order is None and result.lora.deploy != "paper":
         print_next("reorder", *source, "-o", "nested")
     else:
-        print_next("export", *source, "--rank", ranks[len(ranks) // 2], "-o", "small")
+        rank = ranks[len(ranks) // 2]
+        suffix = ".safetensors" if part_of_pipeline(result.lora) else ""
+        print_next("export", *source, "--rank", rank, "-o", f"small{suffix}")
 
 
 def reorder(

@@ -143,20 +143,40 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     return replace(converted, container="peft", config=config, metadata={}, notes=notes)
 
 
+def part_of_pipeline(lora: Lora) -> str | None:
+    """Return the part of a pipeline that a PEFT folder is for, or None for another kind of model.
+
+    It is ``"unet"`` or ``"transformer"``.
+    """
+    if lora.container != "peft":
+        return None
+    parts = {_PARTS.get(layer.name.partition(".")[0]) for layer in lora.layers}
+    parts.discard(None)  # a projection before the blocks may have any name
+    return parts.pop() if len(parts) == 1 else None
+
+
+def pipeline_key_format(lora: Lora) -> KeyFormat | None:
+    """Return the key format in which diffusers and ComfyUI load a LoRA of a PEFT folder, or None.
+
+    ComfyUI knows the names of a U-Net in kohya's format, and those of some transformers in that of
+    diffusers.
+    """
+    formats: dict[str | None, KeyFormat] = {"unet": "kohya", "transformer": "diffusers"}
+    return formats.get(part_of_pipeline(lora))
+
+
 def _in_one_file(lora: Lora) -> Lora:
     """Return a LoRA of a PEFT folder as a file with the keys of diffusers.
 
     Raises:
         MatryoshkaError: It is not clear which part of a pipeline its layers are in.
     """
-    parts = {_PARTS.get(layer.name.partition(".")[0]) for layer in lora.layers}
-    known_parts = parts - {None}  # a projection before the blocks may have any name
-    if len(known_parts) != 1:
+    part = part_of_pipeline(lora)
+    if part is None:
         raise MatryoshkaError(
             f"{lora.name} is a PEFT folder whose layers, such as {short(lora.layers[0].name)}, are "
             "not those of an image model of diffusers. Omit `key_format`."
         )
-    part = known_parts.pop()
     style = _STYLES["diffusers"]
     layers = tuple(style.rename(layer, f"{part}.{layer.name}") for layer in lora.layers)
     return replace(lora, layers=layers, container="single", config={}, metadata={"format": "pt"})

@@ -71,9 +71,13 @@ class Written:
     def original_error(self, lora: Lora) -> float:
         """Return the relative error of the output against the original of a LoRA.
 
+        A rank that was trained is no truncation of the original, so its error says nothing.
+
         Args:
             lora: The LoRA that was written.
         """
+        if lora.order == "trained":
+            return lora.original_error
         return compose_errors(lora.original_error, self.relative_error())
 
     def compute(self, lora: Lora) -> Iterator[tuple[Layer, Factors]]:

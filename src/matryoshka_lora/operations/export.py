@@ -14,7 +14,7 @@ from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, short
 from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.linalg.factors import relative_error
-from matryoshka_lora.lora.convert import has_key_format
+from matryoshka_lora.lora.convert import has_key_format, pipeline_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns
@@ -243,6 +243,8 @@ def _export(
     force: bool = False,
 ) -> ExportResult:
     drop = check_list("drop", drop)
+    if key_format is None and format is None and Path(output).suffix == ".safetensors":
+        key_format = pipeline_key_format(lora)  # of a PEFT folder for an image model
     container = lora.container
     if key_format is not None:
         container = "peft" if key_format == "peft" else "single"
@@ -289,6 +291,11 @@ def _export(
                 "`pad=True` for a LoRA of a larger rank to train on."
             )
         assert not isinstance(rank, Sequence)
+        if changed.small is not None and not keep is error is max_bytes is None:
+            notes.append(
+                f"The output is truncated from the main adapter. The trained ranks up to "
+                f"{changed.small_rank} are exported by `rank` alone."
+            )
         changed = changed.truncate(rank, keep=keep, error=error, max_bytes=max_bytes)
     result = changed.save(
         output,

@@ -22,11 +22,12 @@ from matryoshka_lora.lora.contents import (
     layers_by_part,
     modules_by_kind,
 )
+from matryoshka_lora.lora.convert import part_of_pipeline
 from matryoshka_lora.lora.keys import find_models
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.progress import progress_bar, single_threaded
-from matryoshka_lora.registry import FORMATS, caveat_of
+from matryoshka_lora.registry import FORMATS, PICTURES_CAVEAT, caveat_of
 from matryoshka_lora.text import (
     LARGE_ERROR,
     format_errors,
@@ -125,7 +126,8 @@ class LoraInfo:
                 "  The components are not ordered by singular values, so `export` takes a `rank`, "
                 "and no `error`, `keep` or `max_bytes`."
             )
-        lines.append(FORMATS[lora.container].caveat)
+        is_for_images = part_of_pipeline(lora) is not None
+        lines.append(PICTURES_CAVEAT if is_for_images else FORMATS[lora.container].caveat)
         if self.max_error is not None:
             rank = self.rank_for_error(self.max_error)
             error = f"{100 * self.max_error:.4g}%"

@@ -30,6 +30,7 @@ from matryoshka_lora.linalg.factors import (
     squared_tails,
     truncation_errors,
 )
+from matryoshka_lora.lora.convert import pipeline_key_format
 from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.lora.lora import Lora
@@ -493,8 +494,9 @@ class NestedAdapter:
                 unit. Defaults to the Trainer's, or to that of a causal language model. Its random
                 numbers must be part of an example, such as noise and timestep of a diffusion
                 model, so that the losses of two ranks can be compared.
-            collate: With ``loss``, makes a batch, a dictionary, of a list of examples. Defaults to
-                ``torch.utils.data.default_collate``.
+            collate: With ``loss``, makes a batch of a list of examples. Defaults to that of a
+                ``DataLoader``, whose batch size counts too, or to
+                ``torch.utils.data.default_collate``. Batches are moved to the model's device.
             eval_data: Examples to validate on: a dataset, a list or a file. Defaults to the
                 Trainer's ``eval_dataset``.
             max_examples: The number of examples to train on; or, as a float such as ``1.0``, their
@@ -593,7 +595,7 @@ class NestedAdapter:
             path = free
         return lora.nested().save(path, "peft", force=force).path
 
-    def export(self, path: PathLike, rank: int, force: bool = False) -> None:
+    def export(self, path: PathLike, rank: int, force: bool = False) -> Path:
         """Export one rank as an ordinary LoRA adapter, which computes the same as `set_rank`.
 
         A rank that `set_rank` offers only after `reorder` is computed by reordering on the way.
@@ -603,6 +605,9 @@ class NestedAdapter:
                 that diffusers and ComfyUI load.
             rank: From 1 to R.
             force: Whether to replace an earlier output of this package. Nothing else is replaced.
+
+        Returns:
+            The folder or file that was written.
 
         Raises:
             MatryoshkaError: The rank is not available, or the path already exists or cannot be
@@ -614,10 +619,8 @@ class NestedAdapter:
             lora = replace(lora, deploy="paper")  # the trained prefix, as set_rank() uses it
         lora = lora.truncate(rank)
         if Path(path).suffix == ".safetensors":
-            lora = lora.convert("diffusers")
-            if lora.layers[0].name.startswith("unet."):  # ComfyUI knows a U-Net's names of kohya
-                lora = lora.convert("kohya")
-        lora.save(path, lora.container, force=force)
+            lora = lora.convert(pipeline_key_format(lora) or "diffusers")
+        return lora.save(path, lora.container, force=force).path
 
     def to_lora(self) -> Lora:
         """Return a copy of the adapter in memory as a `Lora`."""
@@ -719,9 +722,10 @@ class NestedAdapter:
         available_ranks = self.ranks
         for rank in positive_ranks:
             if rank not in available_ranks:
+                choices = ", ".join(map(str, available_ranks))
                 raise MatryoshkaError(
-                    f"`rank` must be one of {', '.join(map(str, available_ranks))} until the "
-                    f"factors are reordered, got {rank}. Call adapter.reorder() after training."
+                    f"Only rank {choices} can be used until the factors are reordered, got {rank}. "
+                    "Call adapter.reorder() after training."
                 )
 
     def _check_rows_first(self) -> None:

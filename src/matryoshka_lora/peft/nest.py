@@ -99,7 +99,8 @@ def nest(
     if not isinstance(model, nn.Module) or not configs:
         raise MatryoshkaError(
             f"`model` must be a model with a LoRA adapter, got {type(model).__name__}. Call "
-            "peft.get_peft_model(model, LoraConfig(...)) first, or pass trainer.model."
+            "peft.get_peft_model(model, LoraConfig(...)) or model.add_adapter(LoraConfig(...)) "
+            "first. Of a trainer pass trainer.model, and of a pipeline pipeline.unet."
         )
     layers = dict(lora_layers(model, adapter_name))
     if not layers:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import find_batch_size, gather_object, send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -33,14 +33,18 @@ from matryoshka_lora.examples import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
-Batch = dict[str, Any]
-"""The inputs of a model with labels, or of another loss of a Trainer, such as pairs of DPO."""
+Batch = Any
+"""What a loss gets: the inputs of a model with labels, pairs of DPO, or what a user's collator
+returns."""
 Loss = Callable[[nn.Module, Batch], Tensor]
 """Returns the mean loss of a batch on a model."""
-Collate = Callable[[list[Any]], Mapping[str, Any]]
+Collate = Callable[[list[Any]], Batch]
 """Makes a batch of a list of examples."""
 TokenizedExample = dict[str, list[int]]
 """``input_ids`` and ``labels``."""
+
+_NUM_CHECKED = 8
+"""The number of examples whose loss is computed twice."""
 
 IGNORED_LABEL = -100
 """The label of tokens that do not count in the loss, as in transformers."""
@@ -115,9 +119,9 @@ class TrainingData:
         batches: list[Batch] = []
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]
-            batch = dict(self.collate([self.examples[index] for index in chunk]))
+            batch = self.collate([self.examples[index] for index in chunk])
             if self.is_causal and "labels" in batch and "shift_labels" not in batch:
-                batch["labels"] = batch["labels"].clone()
+                batch = {**batch, "labels": batch["labels"].clone()}
                 batch["labels"][:, 0] = IGNORED_LABEL
             if num_terms(batch) > 0:
                 batches.append(send_to_device(batch, self.device))
@@ -163,11 +167,11 @@ class TrainingData:
         )
 
 
-def num_terms(batch: Mapping[str, Any]) -> int:
+def num_terms(batch: Batch) -> int:
     """Return the number of terms of the mean loss: tokens with a label, or else rows."""
-    if "labels" in batch:
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
         return int((batch["labels"] != IGNORED_LABEL).sum())
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    return find_batch_size(batch) or 1
 
 
 def _permutations(size: int, seed: int) -> Iterator[list[int]]:
@@ -198,7 +202,7 @@ def read_training_data(
             Trainer's ``eval_dataset``, the first if there are several.
         loss: Returns the mean loss of a batch of examples of any form. Defaults to the loss of the
             Trainer, or to that of a causal language model.
-        collate: Makes a batch, a dictionary, of a list of examples. Defaults to
+        collate: Makes a batch of a list of examples. Defaults to that of a ``DataLoader``, or to
             ``torch.utils.data.default_collate``. It needs ``loss``.
 
     Raises:
@@ -211,9 +215,9 @@ def read_training_data(
                 "`collate` needs `loss`, and a Trainer has its own. Pass examples with `loss`, or "
                 "neither."
             )
-        training_data = _data_with_loss(model, data, loss, collate)
+        training_data = _data_with_loss(model, data, loss, collate, "data")
         if eval_data is not None:
-            training_data.validation = _data_with_loss(model, eval_data, loss, collate)
+            training_data.validation = _data_with_loss(model, eval_data, loss, collate, "eval_data")
         return training_data
     if not hasattr(data, "get_train_dataloader"):
         training_data = _data_of_examples(model, data, tokenizer)
@@ -254,43 +258,61 @@ def read_training_data(
 
 
 def _data_with_loss(
-    model: nn.Module, data: Any, loss: Loss, collate: Collate | None
+    model: nn.Module, data: Any, loss: Loss, collate: Collate | None, parameter: str
 ) -> TrainingData:
-    """Return examples with a loss of the user, after computing the loss of two of them twice."""
+    """Return examples with a loss of the user, after computing the loss of a few of them twice."""
+    batch_size = TrainingData.batch_size
     if isinstance(data, DataLoader):
+        batch_size = data.batch_size or batch_size
         collate = collate or data.collate_fn
         data = data.dataset
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or len(data) == 0:
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise MatryoshkaError(
-            f"Examples must be a list or a dataset with a length, got {short(data)}. Pass "
-            "list(examples)."
+            f"`{parameter}` must be a list, a dataset with a length, or a DataLoader of one, got "
+            f"{short(data)}. Pass list(examples)."
         )
+    if len(data) == 0:
+        raise MatryoshkaError(f"`{parameter}` has no examples. Pass some.")
     training_data = TrainingData(
         data,
         collate or default_collate,
         functools.partial(loss, model),
         next(model.parameters()).device,
+        batch_size,
         is_causal=False,
         has_custom_loss=True,
     )
     losses: list[float] = []
-    with torch.no_grad():
+    with _eval_mode(model), torch.no_grad():
+        (batch,) = training_data.batches(range(min(_NUM_CHECKED, batch_size, len(data))))
         for _ in range(2):
-            (batch,) = training_data.batches(range(min(2, len(data))))
             value = training_data.loss(batch)
             if not isinstance(value, Tensor) or value.ndim > 0:
                 raise MatryoshkaError(
                     f"`loss` must return a tensor without dimensions, got {short(value)}. Return "
-                    "the mean over the batch."
+                    "the mean over the batch, and not its item()."
                 )
             losses.append(float(value))
     # Ranks are compared by their losses, which noise would hide.
-    if not math.isclose(*losses, rel_tol=1e-3):
+    if math.isfinite(sum(losses)) and not math.isclose(*losses, rel_tol=1e-3):
         raise MatryoshkaError(
-            f"`loss` returned {losses[0]:g} and then {losses[1]:g} for the same examples. Let each "
-            "example have the same noise each time: store it, and the timestep, in the example."
+            f"`loss` returned {losses[0]:g} and then {losses[1]:g} for the same examples of "
+            f"`{parameter}`. Let each example have the same noise each time: store it, and the "
+            "timestep, in the example."
         )
     return training_data
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Return a context in which a model is in eval mode, as it is while ranks are trained."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 # Examples

@@ -128,7 +128,7 @@ def train_ranks(
     if not split.is_held_out:
         logger.warning(
             "There is no evaluation set, so the ranks are validated on training examples. Pass "
-            "`eval_dataset` to the Trainer, or `eval_data`."
+            "`eval_data`, or `eval_dataset` to the Trainer."
         )
     with trainable_factors(factors):
         start = time.perf_counter()
@@ -145,6 +145,12 @@ def train_ranks(
                 epsilon=unit * options.epsilon,
             )
         gain = max(0.0, base_loss - before[max_rank])
+        if gain == 0:
+            warnings.warn(
+                f"Rank {max_rank} has no lower loss than the base model: {before[max_rank]:.4g} "
+                f"and {base_loss:.4g}. Train it longer. A `loss` must use the model that it gets.",
+                stacklevel=3,
+            )
         max_gap = max(options.min_gap, min(options.smallest_gap * gain, options.max_gap))
         behind = [rank for rank in smaller_ranks if before[rank] - before[max_rank] > max_gap]
         if not behind:
@@ -159,8 +165,7 @@ def train_ranks(
         k = min([rank for rank in smaller_ranks if rank > behind[-1]], default=smaller_ranks[-1])
         low_ranks = [rank for rank in smaller_ranks if rank <= k]
         ratio = num_examples / split.num_validation
-        tokens = [batch["input_ids"] for batch in split.validation_batches if "input_ids" in batch]
-        num_tokens = ratio * sum(ids.numel() for ids in tokens)
+        num_tokens = ratio * sum(map(_num_tokens, split.validation_batches))
         seconds = (_FORWARDS_PER_STEP * ratio + len(low_ranks)) * seconds_per_rank
         logger.info(
             "Training the ranks up to %d on %d examples, %.1f passes over %d%s. Estimated time: "
@@ -169,7 +174,7 @@ def train_ranks(
             num_examples,
             num_examples / len(data.examples),
             len(data.examples),
-            f", about {num_tokens:,.0f} tokens" if tokens else "",
+            f", about {num_tokens:,.0f} tokens" if num_tokens else "",
             tqdm.format_interval(seconds),
         )
         _log_validation(data, before, step=0)
@@ -393,10 +398,11 @@ def train_prefixes(
 
 def _num_tokens(batch: Batch) -> int:
     """Return the number of tokens of a batch, without padding; 0 if it has none."""
-    tokens = batch.get("attention_mask", batch.get("input_ids"))
-    if tokens is None:
+    if not isinstance(batch, Mapping):
         return 0
-    return int(tokens.sum()) if "attention_mask" in batch else tokens.numel()
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
 def loss_and_gradients(
