@@ -61,8 +61,10 @@ def read_examples(data: Iterable[object] | str | os.PathLike[str]) -> list[objec
 
 def _read_json_lines(file: str | os.PathLike[str]) -> list[object]:
     hint = "Write one JSON object per line."
-    with wrap_errors(f"Cannot read {file}", hint, (OSError, ValueError)):
-        text = Path(file).read_text(encoding="utf-8-sig")
+    with wrap_errors(f"Cannot read {file}", "Pass the path of a JSON lines file.", OSError):
+        content = Path(file).read_bytes()
+    with wrap_errors(f"Cannot read {file}", hint, ValueError):
+        text = content.decode("utf-8-sig")
     examples: list[object] = []
     # Not splitlines(), which also splits at separators that JSON allows within a string.
     for line_number, line in enumerate(text.split("\n"), start=1):

@@ -133,8 +133,8 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
 @pytest.mark.parametrize(
     ("line", "expected", "next_command"),
     [
-        ("info nested", "reordered by SVD", "export nested --rank 4 -o small"),
-        ("info nested --layers", "stable rank", "export nested --rank 4 -o small"),
+        ("info nested", "reordered by SVD", "export nested --rank 4 -o rank-4"),
+        ("info nested --layers", "stable rank", "export nested --rank 4 -o rank-4"),
         ("info . --error 30%", "one.safetensors", "export . --error 30%"),
         ("info plain", "without an order", "reorder plain -o nested"),
         ("info one.safetensors", "single file", "--error 10% -o one-small.safetensors"),

@@ -115,12 +115,16 @@ def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> N
     if result.lora.container == "single":
         small_file = Path(f"{lora.stem}-small.safetensors")
         print_next("export", *source, "--error", "10%", "-o", small_file)
+    elif result.lora.max_rank == 1:
+        return  # there is no smaller rank
     elif result.lora.order is None and result.lora.deploy != "paper":
         print_next("reorder", *source, "-o", "nested")
     else:
-        rank = ranks[len(ranks) // 2]
+        rank = result.lora.small_rank or ranks[len(ranks) // 2]
+        if result.max_error is not None:
+            rank = result.rank_for_error(result.max_error)
         suffix = ".safetensors" if part_of_pipeline(result.lora) else ""
-        print_next("export", *source, "--rank", rank, "-o", f"small{suffix}")
+        print_next("export", *source, "--rank", rank, "-o", f"rank-{rank}{suffix}")
 
 
 def reorder(

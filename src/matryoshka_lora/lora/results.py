@@ -64,6 +64,8 @@ class TrainRanksResult:
         num_tokens: The number of tokens that were trained on, without padding; 0 if the examples
             have none.
         seconds: The time of training and validation.
+        is_held_out: Whether the validation examples are an evaluation set, and no training
+            examples.
     """
 
     path: Path | None
@@ -74,6 +76,7 @@ class TrainRanksResult:
     losses_after: dict[int, float] = field(default_factory=dict)
     num_tokens: int = 0
     seconds: float = 0.0
+    is_held_out: bool = True
 
     def __repr__(self) -> str:
         """Return the outcome, and a table of the validation losses."""
@@ -96,6 +99,8 @@ class TrainRanksResult:
             is_trained = rank in self.losses_after
             after = f"  {self.losses_after[rank]:14.3f}" if is_trained else ""
             lines.append(f"{rank:6}  {loss:15.3f}{after}")
+        if self.losses_before and not self.is_held_out:
+            lines.append("  validation: on training examples, as there is no evaluation set")
         return "\n".join(lines)
 
     @property

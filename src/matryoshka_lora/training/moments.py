@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.progress import training_bar
 from matryoshka_lora.tensors import at_least_float32
 from matryoshka_lora.training.data import TrainingData, num_terms
 from matryoshka_lora.training.factors import ModelFactors
@@ -85,7 +86,8 @@ def second_moments(
         if head is not None:
             hook = head.register_forward_hook(lambda _, args, output: logits.append(output))
             hooks.callback(hook.remove)
-        for batch in data.batches(data.sample(max_examples, seed)):
+        batches = data.batches(data.sample(max_examples, seed))
+        for batch in training_bar(batches, "second moments", is_shown=data.show_progress):
             logits.clear()
             loss = data.loss(batch)
             if len(logits) == 1:

@@ -160,7 +160,14 @@ def train_ranks(
                 max_gap,
                 ", ".join(f"{rank}: {loss:.4g}" for rank, loss in before.items()),
             )
-            return TrainRanksResult(None, "nothing to train", losses_before=before), None
+            result = TrainRanksResult(
+                None,
+                "nothing to train",
+                losses_before=before,
+                seconds=time.perf_counter() - start,
+                is_held_out=split.is_held_out,
+            )
+            return result, None
         # The first rank above all that are behind, or else the largest one below R.
         k = min([rank for rank in smaller_ranks if rank > behind[-1]], default=smaller_ranks[-1])
         low_ranks = [rank for rank in smaller_ranks if rank <= k]
@@ -193,6 +200,7 @@ def train_ranks(
         losses_after=after,
         num_tokens=num_tokens,
         seconds=time.perf_counter() - start,
+        is_held_out=split.is_held_out,
     )
     for rank in low_ranks:
         if after[rank] > before[rank]:
