@@ -20,6 +20,8 @@ from research.curves import accuracies, curves, reference_accuracies
 from research.looks import (
     LOOKS,
     MODES,
+    NAMES,
+    NEW_NAMES,
     TRAINED,
     Look,
     Mode,
@@ -32,7 +34,7 @@ from research.study import LORA_EACH, ROOT, load_study, parse_method
 
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = (TRAINED, "lora/squeezed", "lora/svd")
+FACE_METHODS = ("lora/trained-1.0", TRAINED, "lora/squeezed", "lora/svd")
 TASK_METHODS = ("matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
@@ -125,8 +127,8 @@ def face(figure: Any, mode: Mode) -> None:
     """Draw an adapter at every rank next to other methods, on 256 facts."""
     figure.set_size_inches(8.4, 4.9)
     axes = figure.subplots()
-    all_curves = curves("every256")
-    _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median)
+    all_curves = curves("low-256")
+    _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median, NEW_NAMES)
     ranks = next(curve.ranks for curve in all_curves if curve.method == LORA_EACH)
     _draw_single_runs(axes, {rank: reference_accuracies(rank) for rank in ranks}, mode)
     axes.set_ylim(-4, 104)
@@ -156,12 +158,18 @@ def methods(figure: Any, mode: Mode) -> None:
 
 
 def _draw_accuracies(
-    axes: Any, all_curves: Sequence[Result], names: Sequence[str], mode: Mode, average: Average
+    axes: Any,
+    all_curves: Sequence[Result],
+    methods: Sequence[str],
+    mode: Mode,
+    average: Average,
+    names: Mapping[str, str] = NAMES,
 ) -> None:
     """Draw the average of the seeds of each method; the first method is on top."""
-    for index, method in enumerate(names):
+    for index, method in enumerate(methods):
         curves_of_method = [curve for curve in all_curves if curve.method == method]
-        _draw_curve(axes, curves_of_method, mode, average, z_order=4 - 0.1 * index)
+        label = plain_name(method, names)
+        _draw_curve(axes, curves_of_method, label, mode, average, z_order=4 - 0.1 * index)
     all_ranks = {rank for curve in all_curves for rank in curve.ranks}
     set_rank_axis(axes, sorted(all_ranks), "rank at which the adapter is used")
 
@@ -179,7 +187,12 @@ def _draw_single_runs(
 
 
 def _draw_curve(
-    axes: Any, all_curves: Sequence[Result], mode: Mode, average: Average, z_order: float
+    axes: Any,
+    all_curves: Sequence[Result],
+    label: str,
+    mode: Mode,
+    average: Average,
+    z_order: float,
 ) -> None:
     """Draw the average of a method over the seeds, and a faint line for each seed."""
     method = all_curves[0].method
@@ -193,7 +206,7 @@ def _draw_curve(
         [average(accuracies(all_curves, rank)) for rank in ranks],
         marker=LOOKS[method].marker,
         color=color,
-        label=plain_name(method),
+        label=label,
         linewidth=2.2,
         markersize=6,
         zorder=z_order,

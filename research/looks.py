@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from research.study import LORA_EACH
 
 TRAINED = "lora/trained"
-"""`train_ranks`. The recorded runs are of version 0.4."""
+"""`train_ranks`: of version 0.5 in the studies ``low-...``, and of version 0.4 in all others."""
 
 NAMES = {
     "lora/prefix": "LoRA, truncated",
@@ -30,9 +30,17 @@ NAMES = {
 """The names of the methods, as Markdown."""
 
 
-def plain_name(method: str) -> str:
+NEW_NAMES = {
+    **NAMES,
+    "lora/trained": "**LoRA, then `train_ranks`**",
+    "lora/trained-1.0": "LoRA, then `train_ranks` with `max_examples=1.0`",
+}
+"""The names in the studies of the `train_ranks` of version 0.5."""
+
+
+def plain_name(method: str, names: Mapping[str, str] = NAMES) -> str:
     """Return the name of a method without Markdown, for a legend."""
-    return NAMES[method].replace("*", "").replace("`", "")
+    return names[method].replace("*", "").replace("`", "")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ LOOKS = {
     LORA_EACH: Look("#24292F", "#F0F3F6", "*"),
     "lora/trained": Look("#0065A8", "#4AA3E8", "o"),
     "lora/squeezed": Look("#A86F00", "#E69F00", "v"),
+    "lora/trained-1.0": Look("#7A3E9D", "#C08BE0", "P"),
     "lora/svd": Look("#009E73", "#4FD6A8", "D"),
     "lora/prefix": Look("#5F6770", "#8E97A1", "^"),
     "matryoshka/prefix": Look("#C94F00", "#FF8A4C", "X"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from statistics import fmean, median
 from typing import Any
@@ -88,7 +88,13 @@ def reference_cells(ranks: Sequence[int]) -> list[str]:
     ]
 
 
-def facts_table(study: str, first: str, methods: Sequence[str], ranks: Sequence[int]) -> str:
+def facts_table(
+    study: str,
+    first: str,
+    methods: Sequence[str],
+    ranks: Sequence[int],
+    names: Mapping[str, str] = NAMES,
+) -> str:
     """Return right answers by method and rank, the median and the lowest seed, and the price."""
     heading = [first, *(f"rank {rank}" for rank in ranks), "tokens", "seconds", "seeds"]
     rows: list[list[str]] = []
@@ -97,7 +103,7 @@ def facts_table(study: str, first: str, methods: Sequence[str], ranks: Sequence[
         if (study, method) == ("every256", LORA_EACH):
             cells = reference_cells(ranks)
         seeds = str(len(of_method(study, method)))
-        rows.append([NAMES[method], *cells, *price(study, method), seeds])
+        rows.append([names[method], *cells, *price(study, method), seeds])
     return table(heading, rows)
 
 
