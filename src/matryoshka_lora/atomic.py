@@ -193,14 +193,14 @@ def _check_again(path: Path, temporary: Path, force: bool, sources: Sequence[Pat
     try:
         check_output(path, force, sources, is_file=temporary.is_file())
     except MatryoshkaError as error:
-        kept = free_path(path)
+        kept = path.with_name(f"{path.stem[:100]}-{secrets.token_hex(4)}{path.suffix}")
         os.rename(temporary, kept)
         raise MatryoshkaError(f"{error} The output was written to {kept} instead.") from error
 
 
-def free_path(path: Path) -> Path:
-    """Return a path next to another one that does not exist, such as ``adapter-2``."""
-    names = (f"{path.stem[:100]}-{number}{path.suffix}" for number in itertools.count(2))
+def free_folder(path: Path) -> Path:
+    """Return a path next to a folder that does not exist, such as ``adapter-2``."""
+    names = (f"{path.name[:100]}-{number}" for number in itertools.count(2))
     return next(free for free in map(path.with_name, names) if not os.path.lexists(free))
 
 

@@ -149,8 +149,8 @@ def parse_model_args(text: str | None) -> dict[str, Any] | None:
         name, separator, value = part.strip().partition("=")
         if not (separator and name):
             raise typer.BadParameter(f"{short(part)} is not NAME=VALUE.")
-        if name == "trust_remote_code":
-            raise typer.BadParameter("trust_remote_code is never set: load the model in Python.")
+        if name in ("name", "revision", "device", "trust_remote_code"):
+            raise typer.BadParameter(f"{name} is not set here: see the other options.")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -125,6 +125,7 @@ def evaluate(
         "revision": revision,
         "base_model": base_model,
         "base_revision": base_revision,
+        "model_args": None if model_args is None else {k: str(v) for k, v in model_args.items()},
         "limit": limit,
     }
     if nested is None:

@@ -205,7 +205,7 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
 
 def _with_weighted_values(layer: Layer, saved: Mapping[str, Any]) -> Layer:
     values = np.array(saved["weighted_values"][layer.name], np.float64)
-    if values.shape != (layer.rank,):
+    if values.shape != (layer.rank,) or not np.isfinite(values).all():
         raise ValueError
     return replace(layer, weighted_values=values)
 

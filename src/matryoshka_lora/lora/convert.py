@@ -55,7 +55,7 @@ _KOHYA_PREFIXES = {
 # The part of a pipeline that a model of diffusers is, by the name of its blocks.
 _PARTS = {
     **dict.fromkeys(("down_blocks", "mid_block", "up_blocks"), "unet"),
-    **dict.fromkeys(("transformer_blocks", "single_transformer_blocks", "blocks"), "transformer"),
+    **dict.fromkeys(("transformer_blocks", "single_transformer_blocks"), "transformer"),
 }
 # Optional parts of the names of models that are not known: kohya's prefixes, and a level of CLIP.
 _OPTIONAL_NAME_PARTS = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
@@ -150,7 +150,10 @@ def part_of_pipeline(lora: Lora) -> str | None:
     """
     if lora.container != "peft":
         return None
-    parts = {_PARTS.get(layer.name.partition(".")[0]) for layer in lora.layers}
+    names = [layer.name for layer in lora.layers]
+    parts = {_PARTS.get(name.partition(".")[0]) for name in names}
+    if any(name.startswith("blocks.") and ".attn1." in name for name in names):
+        parts.add("transformer")  # Wan, and not one of other libraries
     parts.discard(None)  # a projection before the blocks may have any name
     return parts.pop() if len(parts) == 1 else None
 
@@ -174,8 +177,8 @@ def _in_one_file(lora: Lora) -> Lora:
     part = part_of_pipeline(lora)
     if part is None:
         raise MatryoshkaError(
-            f"{lora.name} is a PEFT folder whose layers, such as {short(lora.layers[0].name)}, are "
-            "not those of an image model of diffusers. Omit `key_format`."
+            f"{lora.name}: the layers, such as {short(lora.layers[0].name)}, are not those of an "
+            "image model of diffusers. Write it as a folder, without `key_format`."
         )
     style = _STYLES["diffusers"]
     layers = tuple(style.rename(layer, f"{part}.{layer.name}") for layer in lora.layers)
@@ -277,9 +280,7 @@ def _layer_names(lora: Lora) -> list[str]:
 
 def _check_is_single_file(lora: Lora) -> None:
     if lora.container != "single":
-        raise MatryoshkaError(
-            f"{lora.name} is a PEFT folder; only single files have a key format. Omit `key_format`."
-        )
+        raise MatryoshkaError(f"{lora.name} is a PEFT folder already. Omit `key_format`.")
 
 
 def _check_one_part(lora: Lora, parts: Set[str]) -> None:

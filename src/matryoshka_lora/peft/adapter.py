@@ -19,7 +19,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from matryoshka_lora.atomic import PathLike, check_output, free_path, is_occupied
+from matryoshka_lora.atomic import PathLike, check_output, free_folder, is_occupied
 from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, check_integer, short
 from matryoshka_lora.formats.peft_folder import find_layers
@@ -588,9 +588,10 @@ class NestedAdapter:
         try:
             check_output(path, force)
         except MatryoshkaError as error:
-            if not Path(path).name or not is_occupied(Path(path)):
+            is_parent = Path(path).resolve() in (Path.cwd(), *Path.cwd().parents)
+            if is_parent or not is_occupied(Path(path)):
                 raise
-            free = free_path(Path(path))
+            free = free_folder(Path(path))
             warnings.warn(f"{error} The adapter is saved to {free} instead.", stacklevel=2)
             path = free
         return lora.nested().save(path, "peft", force=force).path

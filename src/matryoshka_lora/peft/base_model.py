@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
-from accelerate.utils import get_max_memory
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from matryoshka_lora.bundled_model import BUNDLED_MODEL, BUNDLED_MODEL_ID, resolve_model_path
@@ -77,16 +75,18 @@ def load_model(
     if dtype is None:
         dtype = default_dtype()
         logger.info("Loading the model in %s on %s.", str(dtype).removeprefix("torch."), device)
+    with _wrap_loading_errors("model", name):
+        path = resolve_model_path(name, revision)
     bits = {key: value for key, value in options.items() if key in _BITS}
     if bits:
         options = {key: value for key, value in options.items() if key not in _BITS}
         with optional_imports(), _wrap_loading_errors("model", name):
             options["quantization_config"] = BitsAndBytesConfig(**bits)
     elif "device_map" not in options and "quantization_config" not in options:
-        _check_memory(name, revision, dtype, torch.device(device))
+        _check_memory(Path(path), dtype, torch.device(device))
     with _wrap_loading_errors("model", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            resolve_model_path(name, revision),
+            path,
             dtype=DTYPES.get(str(dtype), dtype),
             revision=revision or "main",
             **{"trust_remote_code": False, **options},  # its default is to ask
@@ -100,30 +100,35 @@ def load_model(
     return model.to(device)
 
 
-def _check_memory(
-    name: str, revision: str | None, dtype: torch.dtype | str, device: torch.device
-) -> None:
+def _check_memory(folder: Path, dtype: torch.dtype | str, device: torch.device) -> None:
     """Raise MatryoshkaError if the weights of a model do not fit into the memory of a device.
 
-    A model that is not on this machine yet is not checked.
+    A model that is not in a folder of this machine is not checked.
     """
-    folder = Path(resolve_model_path(name, revision))
-    if not folder.is_dir():
-        with suppress(OSError, ValueError):  # it was not downloaded
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    memory = get_max_memory()  # of each device
-    available = memory.get(device.type, memory.get(device.index or 0, math.inf))
+    files = [folder / "model.safetensors"]
+    with suppress(OSError, ValueError, KeyError):
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        files = [folder / name for name in {*index["weight_map"].values()}]
+    size = sum(file.stat().st_size for file in files if file.is_file())
     with suppress(OSError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "quantization_config" in config:
+            return
         stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
         wanted = DTYPES.get(str(dtype), dtype)
         if isinstance(stored, torch.dtype) and isinstance(wanted, torch.dtype):
             size = size * wanted.itemsize // stored.itemsize
-    if size > available:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif device.type == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        return
+    if size > free:
         raise MatryoshkaError(
-            f"The weights of {name!r} take {format_size(size)}, and {device} has "
-            f"{format_size(available)} of free memory. Load the model with device_map=auto, with "
+            f"The weights in {folder} take {format_size(size)}, and {device} has "
+            f"{format_size(free)} of free memory. Load the model with device_map=auto, with "
             "load_in_4bit=True, or in another dtype."
         )
 

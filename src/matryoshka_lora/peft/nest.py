@@ -113,6 +113,11 @@ def nest(
     check_deploy(deploy, rule)
     classes = {_class_name(layer) for layer in layers.values()}
     fixed_layers = ", ".join(sorted(classes.intersection(_LAYERS_AT_MAX_RANK)))
+    if fixed_layers and rule != RULES["lora"]:
+        raise MatryoshkaError(
+            f"PEFT's layers {fixed_layers} compute plain LoRA only, so rule {rule.name!r} cannot "
+            "train them. Use `rule='lora'`, or another quantization, such as bitsandbytes."
+        )
     first_layer = next(iter(layers.values()))
     max_rank, scale = first_layer.r[adapter_name], first_layer.scaling[adapter_name]
     for name, layer in layers.items():

@@ -146,8 +146,8 @@ class NestingState:
 
     def set_rank(self, rank: int) -> None:
         """Set the rank in eval mode; 0 switches the update off."""
-        self.rank = rank
         self.eval_diagonal = self.diagonal(self.deployed_q(rank))
+        self.rank = rank
 
     def diagonal(self, q: Tensor) -> Diagonal:
         """Return a diagonal of the adapter; see `Diagonal`.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import find_batch_size, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -171,7 +171,16 @@ def num_terms(batch: Batch) -> int:
     """Return the number of terms of the mean loss: tokens with a label, or else rows."""
     if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
         return int((batch["labels"] != IGNORED_LABEL).sum())
-    return find_batch_size(batch) or 1
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    """Yield all tensors of a batch of any form."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
 
 
 def _permutations(size: int, seed: int) -> Iterator[list[int]]:
@@ -266,7 +275,8 @@ def _data_with_loss(
         batch_size = data.batch_size or batch_size
         collate = collate or data.collate_fn
         data = data.dataset
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+    is_other = isinstance(data, (str, Mapping, IterableDataset))
+    if is_other or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise MatryoshkaError(
             f"`{parameter}` must be a list, a dataset with a length, or a DataLoader of one, got "
             f"{short(data)}. Pass list(examples)."
@@ -283,10 +293,10 @@ def _data_with_loss(
         has_custom_loss=True,
     )
     losses: list[float] = []
-    with _eval_mode(model), torch.no_grad():
-        (batch,) = training_data.batches(range(min(_NUM_CHECKED, batch_size, len(data))))
-        for _ in range(2):
-            value = training_data.loss(batch)
+    with _eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        batches = training_data.batches(range(min(_NUM_CHECKED, batch_size, len(data))))
+        for _ in range(2 if batches else 0):
+            value = training_data.loss(batches[0])
             if not isinstance(value, Tensor) or value.ndim > 0:
                 raise MatryoshkaError(
                     f"`loss` must return a tensor without dimensions, got {short(value)}. Return "
@@ -294,7 +304,7 @@ def _data_with_loss(
                 )
             losses.append(float(value))
     # Ranks are compared by their losses, which noise would hide.
-    if math.isfinite(sum(losses)) and not math.isclose(*losses, rel_tol=1e-3):
+    if losses and math.isfinite(sum(losses)) and not math.isclose(*losses, rel_tol=1e-3):
         raise MatryoshkaError(
             f"`loss` returned {losses[0]:g} and then {losses[1]:g} for the same examples of "
             f"`{parameter}`. Let each example have the same noise each time: store it, and the "

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.state import PartialState
 from torch import Tensor, nn
 
 from matryoshka_lora.errors import NotFiniteError
@@ -87,7 +88,8 @@ def second_moments(
             hook = head.register_forward_hook(lambda _, args, output: logits.append(output))
             hooks.callback(hook.remove)
         batches = data.batches(data.sample(max_examples, seed))
-        for batch in training_bar(batches, "second moments", is_shown=data.show_progress):
+        is_shown = data.show_progress and PartialState().is_main_process
+        for batch in training_bar(batches, "second moments", is_shown=is_shown, leave=False):
             logits.clear()
             loss = data.loss(batch)
             if len(logits) == 1:

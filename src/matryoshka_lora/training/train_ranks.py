@@ -172,7 +172,7 @@ def train_ranks(
         k = min([rank for rank in smaller_ranks if rank > behind[-1]], default=smaller_ranks[-1])
         low_ranks = [rank for rank in smaller_ranks if rank <= k]
         ratio = num_examples / split.num_validation
-        num_tokens = ratio * sum(map(_num_tokens, split.validation_batches))
+        expected_tokens = ratio * sum(map(_num_tokens, split.validation_batches))
         seconds = (_FORWARDS_PER_STEP * ratio + len(low_ranks)) * seconds_per_rank
         logger.info(
             "Training the ranks up to %d on %d examples, %.1f passes over %d%s. Estimated time: "
@@ -181,7 +181,7 @@ def train_ranks(
             num_examples,
             num_examples / len(data.examples),
             len(data.examples),
-            f", about {num_tokens:,.0f} tokens" if num_tokens else "",
+            f", about {expected_tokens:,.0f} tokens" if expected_tokens else "",
             tqdm.format_interval(seconds),
         )
         _log_validation(data, before, step=0)
@@ -406,11 +406,12 @@ def train_prefixes(
 
 def _num_tokens(batch: Batch) -> int:
     """Return the number of tokens of a batch, without padding; 0 if it has none."""
-    if not isinstance(batch, Mapping):
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         return 0
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
-    return batch["input_ids"].numel() if "input_ids" in batch else 0
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return int(mask.count_nonzero())
+    return int(ids.numel())
 
 
 def loss_and_gradients(
