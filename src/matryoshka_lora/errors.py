@@ -43,6 +43,7 @@ _EXTRAS = {
     "torch": "peft",
     "peft": "peft",
     "transformers": "peft",
+    "psutil": "peft",
     "accelerate": "train",
     "datasets": "train",
     "trl": "train",
