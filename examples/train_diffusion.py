@@ -44,7 +44,8 @@ class NoisyImages(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.numbers = numbers
         self.is_flux = isinstance(pipeline, FluxPipeline)
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        if not self.is_flux:
+            self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         vae, device = pipeline.vae, pipeline.device
         with torch.no_grad():
             latents = []
@@ -132,7 +133,7 @@ def train(model: nn.Module, examples: NoisyImages, batch_size: int, learning_rat
 
 
 def main() -> None:
-    """Train a LoRA, make every rank of it usable, and export one."""
+    """Train a LoRA, make every rank of it usable, and export each nested rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="a pipeline: a folder or a Hub id")
     parser.add_argument("--images", type=Path, required=True, help="a folder of images")

@@ -19,9 +19,9 @@ from matryoshka_lora import Nesting
 from research.curves import accuracies, curves, reference_accuracies
 from research.looks import (
     LOOKS,
+    LOW_NAMES,
     MODES,
     NAMES,
-    NEW_NAMES,
     TRAINED,
     Look,
     Mode,
@@ -128,7 +128,7 @@ def face(figure: Any, mode: Mode) -> None:
     figure.set_size_inches(8.4, 4.9)
     axes = figure.subplots()
     all_curves = curves("low-256")
-    _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median, NEW_NAMES)
+    _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median, LOW_NAMES)
     ranks = next(curve.ranks for curve in all_curves if curve.method == LORA_EACH)
     _draw_single_runs(axes, {rank: reference_accuracies(rank) for rank in ranks}, mode)
     axes.set_ylim(-4, 104)

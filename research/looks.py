@@ -30,7 +30,7 @@ NAMES = {
 """The names of the methods, as Markdown."""
 
 
-NEW_NAMES = {
+LOW_NAMES = {
     **NAMES,
     "lora/trained": "**LoRA, then `train_ranks`**",
     "lora/trained-1.0": "LoRA, then `train_ranks` with `max_examples=1.0`",

@@ -27,7 +27,7 @@ from research.blocks.shared import (
     trained_minus,
 )
 from research.curves import curves, reference_accuracies
-from research.looks import NEW_NAMES, TRAINED
+from research.looks import LOW_NAMES, TRAINED
 from research.stats import accuracy_at, loss_at
 from research.study import LORA_EACH
 
@@ -40,8 +40,8 @@ def readme_table() -> str:
     rows: list[list[str]] = []
     for method in ("lora/svd", TRAINED, "lora/trained-1.0", "lora/squeezed"):
         cells = [median_and_lowest("low-256", method, accuracy_at(r)) for r in _README_RANKS]
-        rows.append([NEW_NAMES[method], *cells, *price("low-256", method)])
-    rows.append([NEW_NAMES[LORA_EACH], *reference_cells(_README_RANKS), "1.00 each", ""])
+        rows.append([LOW_NAMES[method], *cells, *price("low-256", method)])
+    rows.append([LOW_NAMES[LORA_EACH], *reference_cells(_README_RANKS), "1.00 each", ""])
     heading = ["right answers in %", *(f"rank {rank}" for rank in _README_RANKS)]
     return table([*heading, "tokens", "seconds"], rows)
 

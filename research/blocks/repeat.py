@@ -82,6 +82,7 @@ def low_ranks() -> str:
     """
     cells = read("research/runs/low-ranks.jsonl")
     rows: list[list[str]] = []
+    means: dict[str, list[float]] = {}
     for task in dict.fromkeys(f"{cell['study']}: {cell['task']}" for cell in cells):
         of_task = [cell for cell in cells if f"{cell['study']}: {cell['task']}" == task]
         by_way = {
@@ -94,6 +95,8 @@ def low_ranks() -> str:
                 continue
             of_way = [by_way[way][key] for key in sorted(keys)]
             mean = fmean(_mean_loss(cell["loss"]) for cell in of_way)
+            if " at rate " not in task:
+                means.setdefault(name, []).append(mean)
             losses = [fmean(_at(cell["loss"], rank) for cell in of_way) for rank in _SHOWN_RANKS]
             shares = [fmean(_at(cell["accuracy"], rank) for cell in of_way) for rank in (1, 2, 4)]
             seeds = {cell["seed"] for cell in of_way}
@@ -110,7 +113,11 @@ def low_ranks() -> str:
             )
     heading = ["study and task", "way", "mean loss", *(f"rank {rank}" for rank in _SHOWN_RANKS)]
     heading += [*(f"rank {rank}, %" for rank in (1, 2, 4)), "seeds, runs"]
-    return table(heading, rows)
+    number = max(map(len, means.values()))
+    overall = [f"{fmean(m):.3f} for {name}" for name, m in means.items() if len(m) == number]
+    return table(heading, rows) + (
+        f"\nThe mean loss over the {number} tasks, without the other rate, is {', '.join(overall)}."
+    )
 
 
 def _at(values: Sequence[float], rank: int) -> float:

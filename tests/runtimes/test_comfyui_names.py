@@ -32,6 +32,7 @@ pytestmark = [
 MODELS = ("sd15", "sdxl", "sd3", "flux", "wan", "qwen", "z-image")
 # ComfyUI 0.3.64 reads diffusers' names of these models.
 READ_WITH_DIFFUSERS_NAMES = ("sd3", "flux", "qwen")
+WRITTEN_FROM_FOLDERS = ("sd15", "sdxl", *READ_WITH_DIFFUSERS_NAMES)
 TEXT_ENCODER_PREFIXES = {
     "sd15": {"clip_l": "lora_te_"},
     "sdxl": {"clip_l": "lora_te1_", "clip_g": "lora_te2_"},
@@ -129,6 +130,13 @@ def write_files(model: str, weights: Updates, folder: Path) -> dict[str, list[tu
         "sources of the sum": list(zip((kohya, other), WEIGHTS, strict=True)),
         "sum": [(total, 1.0)],
     }
+    if model in WRITTEN_FROM_FOLDERS:
+        # As an adapter that was trained on the model of diffusers.
+        drop = ["lora_te*"] if model in TEXT_ENCODER_PREFIXES else []
+        export(kohya, folder / "adapter", key_format="peft", drop=drop)
+        of_folder = folder / "of-folder.safetensors"
+        export(folder / "adapter", of_folder, max(read_ranks(kohya).values()))
+        loads["of a folder"] = [(of_folder, 1.0)]
     if model in READ_WITH_DIFFUSERS_NAMES:
         loads["split"] = [(write_without_t5(split), 1.0)]
         loads["split sum"] = [(write_without_t5(split_total), 1.0)]
@@ -149,6 +157,16 @@ def test_a_conversion_and_its_inverse_are_read_as_the_source(
 ) -> None:
     assert len(updates[model]["kohya"]) > 10
     assert_same(updates[model]["again"], updates[model]["kohya"], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("model", WRITTEN_FROM_FOLDERS)
+def test_an_adapter_in_a_folder_is_read_from_the_file_that_export_writes(
+    updates: dict[str, dict[str, Updates]], model: str
+) -> None:
+    expected = updates[model]["kohya"]
+    of_image_model = {key: value for key, value in expected.items() if key.startswith("diffusion")}
+    assert len(of_image_model) > 5
+    assert_same(updates[model]["of a folder"], of_image_model, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("model", READ_WITH_DIFFUSERS_NAMES)

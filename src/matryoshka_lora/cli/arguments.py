@@ -125,8 +125,8 @@ KeyFormatOption = Annotated[
     KeyFormat | None,
     typer.Option(
         help="For image models: write one file with keys in this format. peft writes a folder.",
-        show_default="that of a file; for a folder and an output that ends in .safetensors, one "
-        "that diffusers and ComfyUI load",
+        show_default="the keys of the source; kohya or diffusers if a PEFT folder is written as "
+        ".safetensors",
     ),
 ]
 RanksOption = Annotated[
@@ -150,7 +150,7 @@ def parse_model_args(text: str | None) -> dict[str, Any] | None:
         if not (separator and name):
             raise typer.BadParameter(f"{short(part)} is not NAME=VALUE.")
         if name in ("name", "revision", "device", "trust_remote_code"):
-            raise typer.BadParameter(f"{name} is not set here: see the other options.")
+            raise typer.BadParameter(f"{name} cannot be set with --model-args.")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -125,7 +125,7 @@ def evaluate(
         "revision": revision,
         "base_model": base_model,
         "base_revision": base_revision,
-        "model_args": None if model_args is None else {k: str(v) for k, v in model_args.items()},
+        "model_args": {name: str(value) for name, value in (model_args or {}).items()},
         "limit": limit,
     }
     if nested is None:
@@ -209,14 +209,14 @@ def _rank_0_is_base_model(lora: Lora) -> bool:
 @contextmanager
 def _restore_rank_and_mode(adapter: NestedAdapter) -> Iterator[None]:
     """Restore the rank, and train or eval mode of each module, at the end."""
+    from matryoshka_lora.tensors import restored_modes  # imports torch
+
     rank = adapter.rank
-    modes = [(module, module.training) for module in adapter.model.modules()]
-    try:
-        yield
-    finally:
-        adapter.set_rank(rank)
-        for module, mode in modes:
-            module.training = mode
+    with restored_modes(adapter.model):
+        try:
+            yield
+        finally:
+            adapter.set_rank(rank)
 
 
 def _log_values(evaluation: Evaluation, task: str) -> None:

@@ -161,8 +161,7 @@ def part_of_pipeline(lora: Lora) -> str | None:
 def pipeline_key_format(lora: Lora) -> KeyFormat | None:
     """Return the key format in which diffusers and ComfyUI load a LoRA of a PEFT folder, or None.
 
-    ComfyUI knows the names of a U-Net in kohya's format, and those of some transformers in that of
-    diffusers.
+    ComfyUI reads U-Nets with kohya's names, and some transformers with the names of diffusers.
     """
     formats: dict[str | None, KeyFormat] = {"unet": "kohya", "transformer": "diffusers"}
     return formats.get(part_of_pipeline(lora))
@@ -177,8 +176,8 @@ def _in_one_file(lora: Lora) -> Lora:
     part = part_of_pipeline(lora)
     if part is None:
         raise MatryoshkaError(
-            f"{lora.name}: the layers, such as {short(lora.layers[0].name)}, are not those of an "
-            "image model of diffusers. Write it as a folder, without `key_format`."
+            f"{lora.name} is no adapter of an image model of diffusers: it has layers such as "
+            f"{short(lora.layers[0].name)}. Export it as a folder, without `key_format`."
         )
     style = _STYLES["diffusers"]
     layers = tuple(style.rename(layer, f"{part}.{layer.name}") for layer in lora.layers)
@@ -280,7 +279,9 @@ def _layer_names(lora: Lora) -> list[str]:
 
 def _check_is_single_file(lora: Lora) -> None:
     if lora.container != "single":
-        raise MatryoshkaError(f"{lora.name} is a PEFT folder already. Omit `key_format`.")
+        raise MatryoshkaError(
+            f"{lora.name} is a PEFT folder; only single files have a key format. Omit `key_format`."
+        )
 
 
 def _check_one_part(lora: Lora, parts: Set[str]) -> None:

@@ -108,7 +108,7 @@ class Lora:
         return 0 if self.small is None else self.small.max_rank
 
     @property
-    def has_values(self) -> bool:
+    def can_choose_ranks(self) -> bool:
         """Whether its components have singular values, or weighted ones, to choose ranks by.
 
         Trained ranks have none, and neither has the paper's deployment.

@@ -80,9 +80,11 @@ class TrainRanksResult:
 
     def __repr__(self) -> str:
         """Return the outcome, and a table of the validation losses."""
+        tokens = f"{self.num_tokens:,} tokens, " if self.num_tokens else ""
+        price = f"{pluralize(self.num_examples, 'example')} ({tokens}{self.seconds:.0f} s)"
         lines = [
             {
-                "kept": f"The ranks up to {self.small_rank} were trained on {self._price}. Larger "
+                "kept": f"The ranks up to {self.small_rank} were trained on {price}. Larger "
                 "ones are unchanged.",
                 "not better": "Training did not improve the ranks, so the trained ones were not "
                 "kept.",
@@ -102,11 +104,6 @@ class TrainRanksResult:
         if self.losses_before and not self.is_held_out:
             lines.append("  validation: on training examples, as there is no evaluation set")
         return "\n".join(lines)
-
-    @property
-    def _price(self) -> str:
-        tokens = f"{self.num_tokens:,} tokens, " if self.num_tokens else ""
-        return f"{pluralize(self.num_examples, 'example')} ({tokens}{self.seconds:.0f} s)"
 
     @property
     def num_examples(self) -> int:

@@ -134,7 +134,7 @@ def truncate(
     share = None if keep is None else parse_share(keep)
     max_error = None if error is None else parse_share(error)
     max_size = None if max_bytes is None else parse_size(max_bytes)
-    if not lora.has_values:
+    if not lora.can_choose_ranks:
         raise MatryoshkaError(
             f"{lora.name}: `keep`, `error` and `max_bytes` need factors that are ordered by "
             "singular values, and these are not. Pass `rank`: info shows the error of each. Or "

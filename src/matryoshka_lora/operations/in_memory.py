@@ -1,13 +1,14 @@
-"""Load a LoRA onto its base model, change it there, and write it."""
+"""Load a LoRA onto its base model, to change it there and write it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,13 +21,11 @@ from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
 from matryoshka_lora.peft.load import load
 from matryoshka_lora.registry import Target
 
-Result = TypeVar("Result")
 
-
-def change_in_memory(
+@contextmanager
+def adapter_in_memory(
     source: PathLike,
     output: PathLike,
-    change: Callable[[NestedAdapter, PreTrainedTokenizerBase], Result],
     inputs: Iterable[object],
     *,
     base_model: str | None,
@@ -35,13 +34,12 @@ def change_in_memory(
     dtype: torch.dtype | str | None,
     model_args: Mapping[str, Any] | None,
     force: bool,
-) -> Result:
-    """Load a LoRA onto its base model, change it, and write it as a nested adapter.
+) -> Iterator[tuple[NestedAdapter, PreTrainedTokenizerBase]]:
+    """Load a LoRA onto its base model, and write it as a nested adapter at the end.
 
     Args:
         source: A PEFT folder, or its Hub id.
         output: The folder to write.
-        change: Changes the adapter, and returns the result. It gets the base model's tokenizer too.
         inputs: Data. Paths among them are not replaced by the output.
         base_model: A folder or Hub id. Defaults to the model that the adapter's config names.
         base_revision: Its revision on the Hub. Defaults to the one that the config names.
@@ -49,6 +47,9 @@ def change_in_memory(
         dtype: Dtype of the base model, as `load_model` takes it. Chosen by the hardware by default.
         model_args: More arguments of `load_model`.
         force: Whether to replace an earlier output of this package. Nothing else is replaced.
+
+    Yields:
+        The adapter, to be changed, and the tokenizer.
 
     Raises:
         MatryoshkaError: The source or the base model cannot be read, or the output already exists.
@@ -69,8 +70,7 @@ def change_in_memory(
             # All layers get the same rank and scale.
             peft_folder.write(lora.nested(), Path(temporary), Target())
             adapter = load(model, temporary, is_trainable=True)
-        result = change(adapter, tokenizer)
+        yield adapter, tokenizer
         # Keep the source's files, so that its tokenizer is copied.
         changed = replace(adapter.to_lora(), files=lora.files)
         peft_folder.write(changed.nested(), folder, Target())
-    return result

@@ -121,7 +121,7 @@ class LoraInfo:
             "",
             *format_errors(errors, "update", self.sizes, trained_ranks, self.weighted_errors),
         ]
-        if not lora.has_values:
+        if not lora.can_choose_ranks:
             lines.append(
                 "  The components are not ordered by singular values, so `export` takes a `rank`, "
                 "and no `error`, `keep` or `max_bytes`."
@@ -327,9 +327,9 @@ def info(
         layers=layer_infos,
         base_model=base_model,
         trigger_words=_trigger_words(lora.metadata),
-        weighted_errors=relative_errors(weighted_errors, lora.available_ranks)
-        if weighted_errors
-        else {},
+        weighted_errors=relative_errors(
+            weighted_errors, lora.available_ranks if weighted_errors else ()
+        ),
         max_error=max_error,
     )
 

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
+from matryoshka_lora.examples import read_examples
 from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.results import ReorderResult
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from matryoshka_lora.peft.adapter import NestedAdapter
 
 
 def reorder(
@@ -72,18 +70,12 @@ def reorder(
                 "An opened LoRA is reordered without data. Pass the path of its folder."
             )
         with optional_imports():
-            from matryoshka_lora.examples import read_examples
-            from matryoshka_lora.operations.in_memory import change_in_memory
+            from matryoshka_lora.operations.in_memory import adapter_in_memory
 
         examples = read_examples(data)
-
-        def change(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase) -> ReorderResult:
-            return adapter.reorder(examples, tokenizer, max_examples=max_examples, seed=seed)
-
-        result = change_in_memory(
+        with adapter_in_memory(
             source,
             output,
-            change,
             (data,),
             base_model=base_model,
             base_revision=base_revision,
@@ -91,7 +83,8 @@ def reorder(
             dtype=dtype,
             model_args=model_args,
             force=force,
-        )
+        ) as (adapter, tokenizer):
+            result = adapter.reorder(examples, tokenizer, max_examples=max_examples, seed=seed)
         return replace(result, path=Path(output))
     lora = source if isinstance(source, Lora) else open_lora(source, revision=revision)
     if lora.small is not None:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.examples import read_examples
 from matryoshka_lora.lora.results import TrainRanksResult
-from matryoshka_lora.operations.in_memory import change_in_memory
-from matryoshka_lora.peft.adapter import NestedAdapter
+from matryoshka_lora.operations.in_memory import adapter_in_memory
 
 
 def train_ranks(
@@ -60,16 +58,9 @@ def train_ranks(
     """
     examples = read_examples(data)
     eval_examples = None if eval_data is None else read_examples(eval_data)
-
-    def change(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase) -> TrainRanksResult:
-        return adapter.train_ranks(
-            examples, tokenizer, eval_data=eval_examples, max_examples=max_examples, seed=seed
-        )
-
-    result = change_in_memory(
+    with adapter_in_memory(
         source,
         output,
-        change,
         (data, eval_data),
         base_model=base_model,
         base_revision=base_revision,
@@ -77,5 +68,8 @@ def train_ranks(
         dtype=dtype,
         model_args=model_args,
         force=force,
-    )
+    ) as (adapter, tokenizer):
+        result = adapter.train_ranks(
+            examples, tokenizer, eval_data=eval_examples, max_examples=max_examples, seed=seed
+        )
     return replace(result, path=Path(output))

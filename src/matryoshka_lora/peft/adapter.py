@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -49,7 +49,12 @@ from matryoshka_lora.peft.state import NestingState
 from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.rules import RULES, Rule
 from matryoshka_lora.tensors import to_numpy, to_numpy_dtype, to_torch
-from matryoshka_lora.training.factors import FactorMatrices, FactorParameters, ModelFactors
+from matryoshka_lora.training.factors import (
+    FactorMatrices,
+    FactorParameters,
+    ModelFactors,
+    without_wrapper,
+)
 from matryoshka_lora.units import pluralize
 
 if TYPE_CHECKING:
@@ -118,8 +123,8 @@ class NestedAdapter:
     @property
     def base_model(self) -> nn.Module:
         """The model that has the layers, without PEFT's wrapper."""
-        model: nn.Module = self.model
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        base_model: nn.Module = without_wrapper(self.model)
+        return base_model
 
     @property
     def active_adapters(self) -> list[str]:
@@ -385,7 +390,7 @@ class NestedAdapter:
             nesting.ranks,
             relative_errors(squared_errors, nesting.ranks),
             singular_values,
-            relative_errors(weighted_errors, nesting.ranks) if weighted_errors else {},
+            relative_errors(weighted_errors, nesting.ranks if weighted_errors else ()),
         )
 
     def _weight_order(
@@ -491,12 +496,13 @@ class NestedAdapter:
                 dataset or a list of any examples.
             tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
             loss: Returns the mean loss of a batch, as in ``loss(model, batch)``: a scalar in any
-                unit. Defaults to the Trainer's, or to that of a causal language model. Its random
-                numbers must be part of an example, such as noise and timestep of a diffusion
-                model, so that the losses of two ranks can be compared.
-            collate: With ``loss``, makes a batch of a list of examples. Defaults to that of a
-                ``DataLoader``, whose batch size counts too, or to
-                ``torch.utils.data.default_collate``. Batches are moved to the model's device.
+                unit. Defaults to the Trainer's loss, or to the cross-entropy of a causal language
+                model. Its random
+                numbers, such as the noise and the timestep of a diffusion model, must be part of
+                an example, so that the losses of two ranks can be compared.
+            collate: With ``loss``, makes a batch of a list of examples. Defaults to the
+                ``collate_fn`` of a ``DataLoader``, or to ``default_collate``. Batches have the
+                ``batch_size`` of a ``DataLoader``, and are moved to the model's device.
             eval_data: Examples to validate on: a dataset, a list or a file. Defaults to the
                 Trainer's ``eval_dataset``.
             max_examples: The number of examples to train on; or, as a float such as ``1.0``, their

@@ -21,7 +21,7 @@ from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.nest import nest
-from matryoshka_lora.tensors import to_torch
+from matryoshka_lora.tensors import restored_modes, to_torch
 
 
 def load(
@@ -137,9 +137,9 @@ def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[
     vocabulary_size = _vocabulary_size(base_model)
     # By name, because another size of the vocabulary has other parameters.
     requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
-    modes = [(module, module.training) for module in base_model.modules()]
     try:
-        yield
+        with restored_modes(base_model):
+            yield
     except BaseException:  # including KeyboardInterrupt
         if not isinstance(base_model, PeftModel):
             _remove_peft_layers(base_model)
@@ -149,8 +149,6 @@ def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[
             cast(Any, base_model).resize_token_embeddings(vocabulary_size, mean_resizing=False)
         for name, parameter in base_model.named_parameters():
             parameter.requires_grad_(requires_grad[name])
-        for module, mode in modes:
-            module.training = mode
         raise
 
 

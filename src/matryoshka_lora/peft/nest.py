@@ -112,11 +112,11 @@ def nest(
     rule = get_rule(rule)
     check_deploy(deploy, rule)
     classes = {_class_name(layer) for layer in layers.values()}
-    fixed_layers = ", ".join(sorted(classes.intersection(_LAYERS_AT_MAX_RANK)))
-    if fixed_layers and rule != RULES["lora"]:
+    max_rank_layers = ", ".join(sorted(classes.intersection(_LAYERS_AT_MAX_RANK)))
+    if max_rank_layers and rule != RULES["lora"]:
         raise MatryoshkaError(
-            f"PEFT's layers {fixed_layers} compute plain LoRA only, so rule {rule.name!r} cannot "
-            "train them. Use `rule='lora'`, or another quantization, such as bitsandbytes."
+            f"PEFT's layers {max_rank_layers} compute plain LoRA only, and rule {rule.name!r} "
+            "does not. Pass `rule='lora'`, or use another quantization, such as bitsandbytes."
         )
     first_layer = next(iter(layers.values()))
     max_rank, scale = first_layer.r[adapter_name], first_layer.scaling[adapter_name]
@@ -141,7 +141,7 @@ def nest(
             f"LoraConfig(r={nesting.max_rank})."
         )
     order = FactorOrder(layers, adapter_name)
-    state = NestingState(nesting, rule, order, seed, deploy, fixed_layers)
+    state = NestingState(nesting, rule, order, seed, deploy, max_rank_layers)
     for layer in layers.values():
         attach(layer, adapter_name, state)
     adapter = NestedAdapter(model, adapter_name)

@@ -113,7 +113,7 @@ class NestingState:
         small_rank: The rank k of the small adapter, whose prefixes are the ranks up to k; 0 if
             there is none.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps P, folded into B.
-        fixed_layers: The classes of PEFT's layers that compute rank R only; empty if there are
+        max_rank_layers: The classes of PEFT's layers that compute rank R only; empty if there are
             none.
         weighted_values: If the order is ``"weighted"``, the weighted singular values of each layer
             by its name, shape (R,).
@@ -128,7 +128,7 @@ class NestingState:
     order: FactorOrder
     seed: int = 0
     deploy: Deploy = "reordered"
-    fixed_layers: str = ""
+    max_rank_layers: str = ""
     small_rank: int = field(init=False, default=0)
     weighted_values: dict[str, Float64Array] = field(init=False, default_factory=dict)
     rank: int = field(init=False)
@@ -156,10 +156,10 @@ class NestingState:
             MatryoshkaError: It is not plain LoRA of rank R, and a layer computes nothing else.
         """
         diagonal = Diagonal(q, self.nesting.max_rank)
-        if self.fixed_layers and not diagonal.is_one:
+        if self.max_rank_layers and not diagonal.is_one:
             raise MatryoshkaError(
-                f"PEFT's layers {self.fixed_layers} compute rank R only. Export the rank, and load "
-                "it with PEFT; or load the base model in another quantization, such as "
+                f"PEFT's layers {self.max_rank_layers} compute rank R only. Export the rank, and "
+                "load it with PEFT; or load the base model in another quantization, such as "
                 "bitsandbytes."
             )
         return diagonal

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, send_to_device
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -29,6 +28,8 @@ from matryoshka_lora.examples import (
     prompt_and_completion,
     read_examples,
 )
+from matryoshka_lora.tensors import restored_modes
+from matryoshka_lora.training.factors import without_wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -210,9 +211,9 @@ def read_training_data(
         eval_data: Examples to validate on, in one of these forms except a Trainer. Defaults to the
             Trainer's ``eval_dataset``, the first if there are several.
         loss: Returns the mean loss of a batch of examples of any form. Defaults to the loss of the
-            Trainer, or to that of a causal language model.
-        collate: Makes a batch of a list of examples. Defaults to that of a ``DataLoader``, or to
-            ``torch.utils.data.default_collate``. It needs ``loss``.
+            Trainer, or to the cross-entropy of a causal language model.
+        collate: Makes a batch of a list of examples. Defaults to the ``collate_fn`` of a
+            ``DataLoader``, or to ``default_collate``. It needs ``loss``.
 
     Raises:
         NoExamplesError: The Trainer generates its examples or streams them, or they have no labels.
@@ -293,7 +294,8 @@ def _data_with_loss(
         has_custom_loss=True,
     )
     losses: list[float] = []
-    with _eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with restored_modes(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model.eval()  # as while ranks are trained
         batches = training_data.batches(range(min(_NUM_CHECKED, batch_size, len(data))))
         for _ in range(2 if batches else 0):
             value = training_data.loss(batches[0])
@@ -313,18 +315,6 @@ def _data_with_loss(
     return training_data
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Return a context in which a model is in eval mode, as it is while ranks are trained."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 # Examples
 
 
@@ -334,7 +324,7 @@ def _data_of_examples(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> TrainingData:
     source: Any = data.dataset if isinstance(data, DataLoader) else data
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_wrapper(model)
     if not _is_causal(base):
         raise MatryoshkaError(
             f"Examples without `loss` are for causal LMs, not {type(base).__name__}. Pass `loss`, "
@@ -462,7 +452,7 @@ def _data_of_loader(
         # The state's is smaller if auto_find_batch_size has reduced it to fit into memory.
         batch_size=trainer.state.train_batch_size or trainer.args.train_batch_size,
         show_progress=not trainer.args.disable_tqdm,
-        is_causal=_is_causal(model.get_base_model() if isinstance(model, PeftModel) else model),
+        is_causal=_is_causal(without_wrapper(model)),
     )
     with torch.no_grad():
         for batch in data.batches(range(min(2, len(examples)))):  # a loss may compare rows

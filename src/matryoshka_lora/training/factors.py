@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
@@ -145,3 +147,8 @@ def scale_columns(B: Tensor, q: Tensor) -> Tensor:
 
         q = distribute_tensor(q, B.device_mesh, [Replicate()] * B.device_mesh.ndim)
     return (B * q).to(B.dtype)
+
+
+def without_wrapper(model: nn.Module) -> Any:
+    """Return the model that has the layers, without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -22,7 +22,7 @@ from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora.results import TrainRanksResult
 from matryoshka_lora.progress import training_bar
-from matryoshka_lora.tensors import at_least_float32
+from matryoshka_lora.tensors import at_least_float32, restored_modes
 from matryoshka_lora.training.data import Batch, TrainingData, num_terms
 from matryoshka_lora.training.factors import FactorMatrices, ModelFactors
 
@@ -146,9 +146,10 @@ def train_ranks(
             )
         gain = max(0.0, base_loss - before[max_rank])
         if gain == 0:
+            hint = " Or `loss` ignores its argument `model`." if data.has_custom_loss else ""
             warnings.warn(
-                f"Rank {max_rank} has no lower loss than the base model: {before[max_rank]:.4g} "
-                f"and {base_loss:.4g}. Train it longer. A `loss` must use the model that it gets.",
+                f"The loss of rank {max_rank}, {before[max_rank]:.4g}, is not lower than that of "
+                f"the base model, {base_loss:.4g}. Train the adapter longer.{hint}",
                 stacklevel=3,
             )
         max_gap = max(options.min_gap, min(options.smallest_gap * gain, options.max_gap))
@@ -252,13 +253,12 @@ def trainable_factors(factors: ModelFactors) -> Iterator[None]:
     """
     model = factors.model
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters()}
     cuda_devices = [device for device in devices if device.type == "cuda"]
     original = factors.copy()
-    with torch.random.fork_rng(devices=cuda_devices):
+    with restored_modes(model), torch.random.fork_rng(devices=cuda_devices):
         try:
-            for module, _ in modes:
+            for module in model.modules():
                 # Gradient checkpointing needs train mode. Layers that call dropout as a function,
                 # with a probability of their own, must be in eval mode nevertheless.
                 attributes = vars(module)
@@ -274,8 +274,6 @@ def trainable_factors(factors: ModelFactors) -> Iterator[None]:
             model.zero_grad(set_to_none=True)
             for parameter, flag in requires_grad:
                 parameter.requires_grad_(flag)
-            for module, mode in modes:
-                module.training = mode
 
 
 def validation_losses(
