@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.peft.adapter import NestedAdapter as NestedAdapter
     from matryoshka_lora.peft.load import load as load
     from matryoshka_lora.peft.nest import nest as nest
+    from matryoshka_lora.peft.rank_loss_callback import RankLossCallback as RankLossCallback
     from matryoshka_lora.rules import Rule as Rule
 
 # Names are imported lazily, so that file operations need no torch and `--help` needs no NumPy.
@@ -62,6 +63,7 @@ _MODULES = {
     "NestedAdapter": "peft.adapter",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
+    "RankLossCallback": "peft.rank_loss_callback",
     "ReorderResult": "lora.results",
     "Rule": "rules",
     "SaveResult": "lora.save",

@@ -76,8 +76,8 @@ class TrainResult:
 
     Attributes:
         path: The adapter's folder.
-        order: The order of its factors. None in the paper's deployment, after sharded training
-            (FSDP or DeepSpeed), and in all processes but the first.
+        order: The order of its factors. None in the paper's deployment, and in all processes but
+            the first.
         deploy: ``"paper"`` in the paper's deployment.
         train_ranks: The result of training the ranks, if that took place.
     """
@@ -228,7 +228,7 @@ def train(config: Mapping[str, Any]) -> TrainResult:
 
     The Trainer's checkpoints are in ``output_dir``, and the adapter in its folder ``adapter``.
     Under ``accelerate launch`` every process calls this function, and the first one writes the
-    adapter. Under FSDP and DeepSpeed the Trainer writes it, as plain LoRA.
+    adapter.
 
     Args:
         config: From `read_config`.
@@ -248,16 +248,7 @@ def train(config: Mapping[str, Any]) -> TrainResult:
     if trainer.is_world_process_zero():
         with replace_file(output_dir / _SETTINGS_NAME) as file:
             file.write_text(json.dumps(_digests(config), indent=2))
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        # The Trainer gathers the shards and writes plain LoRA.
-        unfinished = path.with_name("unfinished")
-        trainer.save_model(str(unfinished))
-        if trainer.is_world_process_zero():
-            (unfinished / "training_args.bin").unlink(missing_ok=True)  # may hold hub_token
-            unfinished.rename(path)
-        result = TrainResult(path)
-    else:
-        result = _train_ranks_and_save(adapter, trainer, path, config["nesting"]["train_ranks"])
+    result = _train_ranks_and_save(adapter, trainer, path, config["nesting"]["train_ranks"])
     trainer.accelerator.end_training()
     return result
 
@@ -470,9 +461,9 @@ def _train_ranks_and_save(
             )
         except MatryoshkaError as error:
             logger.warning("The ranks were not trained: %s", error)
+    adapter.save(path)  # reordered by SVD, if it has no order
     if not trainer.is_world_process_zero():
         return TrainResult(path, train_ranks=ranks_result)
-    adapter.save(path)  # reordered by SVD, if it has no order
     trainer.processing_class.save_pretrained(path)
     lora = peft_folder.read(path)
     logger.info("Saved %s (order: %s, deploy: %s).", path, lora.order, lora.deploy)

@@ -25,16 +25,13 @@ def to_numpy(tensor: Tensor) -> Array:
     """Return a tensor as an array of the same dtype.
 
     Args:
-        tensor: Any shape, dtype and device. A DTensor is gathered, so every process must call this.
+        tensor: Any shape, dtype and device.
 
     Returns:
         An array that shares memory with a CPU tensor. Dtypes that NumPy lacks are from
         ml_dtypes.
     """
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    tensor = tensor.cpu()
+    tensor = tensor.detach().cpu()
     for torch_dtype, numpy_dtype, torch_bits, _ in _EXTENSION_DTYPES:
         if tensor.dtype == torch_dtype:
             return tensor.view(torch_bits).numpy().view(numpy_dtype)

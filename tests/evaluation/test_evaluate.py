@@ -18,6 +18,7 @@ import yaml
 from datasets import Dataset
 from helpers.models import randomize, tiny_llama
 from helpers.outputs import names_in
+from helpers.two_processes import run_in_two_processes
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -283,7 +284,7 @@ def test_a_task_that_fails_keeps_the_results_of_the_others(on_disk: Path, tmp_pa
     config = yaml.safe_load(Path(tasks[1]).read_text())
     config["generation_kwargs"]["max_gen_toks"] = 999
     Path(tasks[1]).write_text(yaml.safe_dump(config))
-    with pytest.raises(MatryoshkaError, match="max_gen_toks"):
+    with pytest.raises(MatryoshkaError, match=r"words.*999"):
         evaluate(on_disk, tasks, ranks=[1, 4], force=True, progress=False)
     evaluation = Evaluation.read(on_disk)
     assert list(evaluation.tasks) == ["colors"]
@@ -535,3 +536,24 @@ def test_a_group_has_its_own_metric(
     accuracies = [example.metrics["acc,none"][4] for example in evaluation.examples]
     assert evaluation.values()[4] == pytest.approx(fmean(accuracies))
     assert evaluation.difference(None, 1, 4) is not None
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(on_disk: Path, tmp_path: Path) -> None:
+    """Each computes a share of choices, of answers and of log-likelihoods."""
+    examples = tmp_path / "words.jsonl"
+    examples.write_text("".join(f"{json.dumps(example)}\n" for example in some_examples(5)))
+    tasks = ",".join([write_task(tmp_path), write_task(tmp_path, "words", **GENERATION)])
+    for name, sources in (("data", ["--data", str(examples)]), ("tasks", ["--tasks", tasks])):
+        output = tmp_path / name
+        arguments = ["eval", str(on_disk), *sources, "--dtype", "fp32", "-o", str(output)]
+        text = run_in_two_processes("ddp", "launch.py", arguments)
+        assert text.count("Written to") == 1
+        options: Any = {"data": examples} if name == "data" else {"tasks": tasks}
+        expected = evaluate(on_disk, **options, dtype="fp32", output=None, force=True)
+        evaluation = Evaluation.read(output)
+        assert evaluation.examples == expected.examples
+        for task, result in expected.tasks.items():
+            for key, metric in result.metrics.items():
+                actual = evaluation.tasks[task].metrics[key]
+                assert actual.values == pytest.approx(metric.values, abs=1e-5)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.evaluations import NUM_CORRECT, NUM_EXAMPLES, new_evaluation
+from helpers.models import nested_llama
 from helpers.plain_peft import plain_adapter
 from huggingface_hub import ModelCard
 
-from matryoshka_lora import combine, export, reorder
+from matryoshka_lora import Nesting, combine, export, reorder
 
 BASE_MODEL = "org/base"
 FIELDS = {
@@ -173,3 +175,23 @@ def test_a_link_out_of_the_folder_is_not_read(name: str, tmp_path: Path) -> None
         export(source, tmp_path / "output", 4)
     assert not (tmp_path / "output" / "LICENSE").exists()
     assert "secret" not in (tmp_path / "output" / "README.md").read_text()
+
+
+def test_the_scores_of_an_evaluation_are_in_the_card(tmp_path: Path) -> None:
+    """As a table, and as results that the Hub reads."""
+    adapter = nested_llama(Nesting((1, 2, 4)))
+    evaluation = new_evaluation("family", "a|b")
+    folder = adapter.save_pretrained(tmp_path / "adapter", evaluation=evaluation)
+    card = ModelCard.load(folder / "README.md")
+    assert "| base model | 0.333 | 0.333 |" in card.text
+    assert "a|b" not in card.text
+    results = {
+        (result.dataset_name, result.metric_name): result.metric_value
+        for result in card.data.eval_results
+    }
+    for rank, count in NUM_CORRECT.items():
+        if rank > 0:
+            value = results["family", f"acc at rank {rank}"]
+            assert value == results["a|b", f"acc at rank {rank}"] == count / NUM_EXAMPLES
+    adapter.save(tmp_path / "without")
+    assert "model-index" not in (tmp_path / "without" / "README.md").read_text()

@@ -7,23 +7,8 @@ import sys
 import time
 from typing import Any
 
+import helpers.cpu_backends  # noqa: F401  it changes accelerate and DeepSpeed
 from matryoshka_lora.cli import main
-
-if "ACCELERATE_USE_FSDP" in os.environ:
-    # accelerate offers FSDP on accelerators only, though all of it runs on CPUs.
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    PartialState._prepare_backend = lambda self, *args, **kwargs: (
-        "gloo",
-        DistributedType.MULTI_GPU,
-    )
-
-if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-    # Otherwise it compiles a shared-memory all-reduce for a minute. Without, it uses gloo.
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__ = {}
 
 make_folders = os.makedirs
 

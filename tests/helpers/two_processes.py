@@ -42,5 +42,5 @@ def run_in_two_processes(strategy: str, script: str, arguments: Sequence[str]) -
         *arguments,
     ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-12000:]
     return result.stdout + result.stderr

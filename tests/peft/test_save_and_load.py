@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from helpers.models import (
 )
 from helpers.plain_peft import IDS, by_peft, is_close, logits, plain_adapter
 from helpers.small_adapter import add_small_adapter
+from huggingface_hub import HfApi
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
@@ -612,3 +615,32 @@ def test_plain_peft_in_another_process(tmp_path: Path) -> None:
     actual = load_file(tmp_path / "logits.safetensors")
     for name, output in expected.items():
         assert is_close(actual[name], output, 0.0 if name in ("paper", "svd") else 1e-4)
+
+
+def test_what_is_uploaded_serves_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no Hub here: the upload copies the folder."""
+    adapter = llama_in_form("svd")
+    calls: dict[str, Any] = {}
+
+    def create_repo(api: HfApi, repo_id: str, **options: Any) -> SimpleNamespace:
+        calls["create"] = (repo_id, options["private"], api.token)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(api: HfApi, folder_path: Path, **options: Any) -> SimpleNamespace:
+        ignored = shutil.ignore_patterns(*options["ignore_patterns"])
+        shutil.copytree(folder_path, tmp_path / "uploaded", ignore=ignored)
+        calls["upload"] = (options["repo_id"], options["revision"])
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    url = adapter.push_to_hub("owner/name", private=True, token="secret", revision="v2")
+    assert url == "https://hub/commit"
+    assert calls == {"create": ("owner/name", True, "secret"), "upload": ("owner/name", "v2")}
+    files = {file.name for file in (tmp_path / "uploaded").iterdir()}
+    assert files == {"README.md", "adapter_config.json", WEIGHTS_NAME}
+    loaded = NestedAdapter.from_pretrained(tiny_llama(), tmp_path / "uploaded", rank=3)
+    adapter.set_rank(3)
+    assert is_close(logits(loaded.model), logits(adapter.model), 0.0)

@@ -49,7 +49,7 @@ def test_factors_are_restored_after_an_exception(
     changed = {name: (A + 1, B - 1) for name, (A, B) in factors.copy().items()}
 
     def change_and_fail() -> None:
-        with factors.restored_after_error():
+        with factors.restored(after_errors_only=True):
             factors.write(changed)
             assert not all_equal(before, copy_lora_parameters(adapter))
             raise error_type

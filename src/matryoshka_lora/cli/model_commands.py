@@ -223,6 +223,8 @@ def evaluate(
         max_batch_tokens=max_batch_tokens,
         force=force,
     )
+    if not is_main_process():
+        return
     typer.echo(str(evaluation))
     print_line(f"Written to {output}: evaluation.json, and a picture, curve.png")
     print_next("select", output, "--within", "1%")

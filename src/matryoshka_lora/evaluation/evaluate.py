@@ -54,6 +54,9 @@ def evaluate(
     is written after the first task. Its files are replaced after each other task, so a failing task
     loses no results.
 
+    Under ``accelerate launch``, every process calls this function and computes a share of the
+    examples, on the whole model. The first process writes the folder.
+
     Args:
         adapter: A folder or Hub id, or an adapter in memory, which is not changed.
         tasks: Tasks or groups of lm-evaluation-harness, or YAML files of tasks; a list, or a
@@ -108,12 +111,18 @@ def evaluate(
     examples = read_examples(data) if data is not None else []
 
     with optional_imports():  # these imports take seconds, so the arguments are checked first
+        import torch
+        from accelerate.state import PartialState
+
         from matryoshka_lora.evaluation.harness import ManyRanksLM
         from matryoshka_lora.evaluation.plot import plot_evaluation
         from matryoshka_lora.evaluation.tasks import add_results, load_data, load_task, run_task
         from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
         from matryoshka_lora.peft.load import load
 
+    # It also selects the device of this process.
+    if not PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+        output, progress = None, False
     tokenizer = tokenizer or load_adapter_tokenizer(lora, base_model, base_revision)
     if examples:
         name = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import hash_args
 from lm_eval.models.huggingface import HFLM
@@ -50,7 +52,8 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     """The harness's ``HFLM`` for an adapter at several ranks.
 
     The harness runs once for each rank. At the first run, the engine computes the responses of all
-    ranks, and they are cached. If the engine does not support the model, or if a task does not ask
+    ranks, and they are cached. Of several processes, each computes a share of the responses. If the
+    engine does not support the model, or if a task does not ask
     for greedy decoding, ``HFLM`` computes the responses of one rank in each run.
 
     Args:
@@ -127,7 +130,9 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         ):
             self.adapter.set_rank(self.lora_rank)
             self.batch_size_per_gpu = self._harness_batch_size
-            return list(compute(requests, disable_tqdm=not self.progress))
+            return _divide_over_processes(
+                requests, lambda share: list(compute(share, disable_tqdm=not self.progress))
+            )
 
         keys = [hash_args(request_type, request.args) for request in requests]
         # The requests of one task begin with the same few-shot examples.
@@ -135,20 +140,24 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         for key, request in zip(keys, requests, strict=True):
             if key not in self._responses:
                 new_requests_by_task[request.task_name][key] = request
-        for new_requests in new_requests_by_task.values():
-            if is_generation:
-                self._generate(new_requests)
-                continue
+
+        def log_likelihoods(share: Sequence[Instance]) -> list[list[Any]]:
             # The harness tokenizes requests, and adds up the windows of long strings. Here it adds
             # up arrays over the ranks, from `_loglikelihood_tokens`.
             self.batch_size_per_gpu = _ALL_AT_ONCE
-            arrays = compute(list(new_requests.values()), disable_tqdm=not self.progress)
-            for key, array in zip(new_requests, arrays, strict=True):
-                if request_type == "loglikelihood_rolling":
-                    self._responses[key] = array.tolist()
-                else:
-                    columns = [column.tolist() for column in array]
-                    self._responses[key] = list(zip(*columns, strict=True))
+            arrays = compute(share, disable_tqdm=not self.progress)
+            if request_type == "loglikelihood_rolling":
+                return [array.tolist() for array in arrays]
+            return [
+                list(zip(logprobs.tolist(), is_greedy.tolist(), strict=True))
+                for logprobs, is_greedy in arrays
+            ]
+
+        for new_requests in new_requests_by_task.values():
+            responses = _divide_over_processes(
+                list(new_requests.values()), self._generate if is_generation else log_likelihoods
+            )
+            self._responses.update(zip(new_requests, responses, strict=True))
         column = self.ranks.index(self.lora_rank)
         return [self._responses[key][column] for key in keys]
 
@@ -174,36 +183,36 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             scores = self.engine.score(pairs, bar.update)
         return list(zip(scores.logprobs, scores.is_greedy, strict=True))
 
-    def _generate(self, requests: dict[str, Instance]) -> None:
-        """Compute the answers of greedy decoding, and cache them."""
-        prompts: dict[str, Tokens] = {}
-        keys_by_settings: dict[str, list[str]] = defaultdict(list)
+    def _generate(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """Return the answers of greedy decoding for each request, one for each rank."""
+        prompts: list[Tokens] = []
+        indices_by_settings: dict[str, list[int]] = defaultdict(list)
         num_tokens = 0
-        for key, request in requests.items():
+        for index, request in enumerate(requests):
             prompt, task_settings = request.args
             max_new_tokens = normalize_gen_kwargs(task_settings, self.max_gen_toks)["max_gen_toks"]
             # A prompt that is too long is an error before the first answer.
-            prompts[key] = self._encode_prompt(prompt, max_new_tokens)
-            keys_by_settings[hash_args("", [task_settings])].append(key)
+            prompts.append(self._encode_prompt(prompt, max_new_tokens))
+            indices_by_settings[hash_args("", [task_settings])].append(index)
             num_tokens += max_new_tokens
+        texts = [[""] * len(self.ranks) for _ in requests]
         # Most answers of a batch end at about the same time, so a bar of answers would jump.
         with self._progress_bar(num_tokens, "answers") as bar:
-            for keys in keys_by_settings.values():
-                settings = normalize_gen_kwargs(requests[keys[0]].args[1], self.max_gen_toks)
+            for indices in indices_by_settings.values():
+                settings = normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks)
                 eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
                 stop_strings = handle_stop_sequences(settings["until"], eos=eos)
                 answers = self.engine.generate(
-                    [prompts[key] for key in keys],
+                    [prompts[index] for index in indices],
                     settings["max_gen_toks"],
                     self._stopping_criterion(stop_strings),
                     bar.update,
                 )
-                texts = {key: [""] * len(self.ranks) for key in keys}
                 for answer in answers:
                     text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
                     text = postprocess_generated_text(text, stop_strings, think_end_token=None)
-                    texts[keys[answer.prompt]][self.ranks.index(answer.rank)] = str(text)
-                self._responses.update(texts)
+                    texts[indices[answer.prompt]][self.ranks.index(answer.rank)] = str(text)
+        return texts
 
     def _stopping_criterion(self, stop_strings: list[str]) -> Callable[[list[int]], bool]:
         """Return the criterion of the harness with one prompt per batch."""
@@ -263,3 +272,18 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             unit=" tokens",
             unit_scale=True,
         )
+
+
+def _divide_over_processes(
+    requests: Sequence[Instance], compute: Callable[[Sequence[Instance]], list[Any]]
+) -> list[Any]:
+    """Return the response to each request, of which each process computes a share."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return compute(requests)
+    # In blocks, because the choices of a question follow each other and share their context.
+    start, end = [
+        len(requests) * (state.process_index + offset) // state.num_processes for offset in (0, 1)
+    ]
+    responses: list[Any] = gather_object(compute(requests[start:end]) if start < end else [])
+    return responses

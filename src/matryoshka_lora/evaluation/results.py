@@ -245,6 +245,16 @@ class Evaluation:
         result = self.tasks[self.task_name(task)]
         return result.metrics[result.primary_metric]
 
+    def scores(self) -> dict[tuple[str, str], dict[int, float]]:
+        """Return the primary metric of each task by rank, by the names of task and metric."""
+        scores: dict[tuple[str, str], dict[int, float]] = {}
+        for task, result in self.tasks.items():
+            values = result.metrics[result.primary_metric].values
+            scores[task, result.metric_name] = {
+                rank: value for rank, value in values.items() if value is not None
+            }
+        return scores
+
     def values(self, task: str | None = None) -> dict[int, float | None]:
         """Return the primary metric by rank, without the base model.
 

@@ -181,6 +181,7 @@ def model_card(
             f"The adapter is nested: it can be deployed at {available}. To write another rank:",
             "```\nmatryoshka export THIS_FOLDER --rank RANK --output OUTPUT\n```",
             "\n".join([*rows, "", ANSWERS_CAVEAT]),
+            *_score_table(lora),
             _CITATION,
         ]
     if len(sources) > 1 and any(source.values("license") for source in sources):
@@ -190,14 +191,27 @@ def model_card(
         if hub_id is None:
             text = text.replace(base_model, title)
         paragraphs += [ORIGINAL_HEADING, text]
-    return "\n\n".join([_front_matter(config, hub_id, sources), *paragraphs]) + "\n"
+    front_matter = _front_matter(lora, config, hub_id, sources)
+    return "\n\n".join([front_matter, *paragraphs]) + "\n"
+
+
+def _score_table(lora: Lora) -> list[str]:
+    """Return a paragraph with the scores of each rank; none without scores."""
+    if not lora.scores:
+        return []
+    names = [re.sub(r"[^\w. -]", "?", f"{task} {metric}") for task, metric in lora.scores]
+    lines = [f"| rank | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for rank in sorted({rank for values in lora.scores.values() for rank in values}):
+        cells = [f"{values[rank]:.3f}" if rank in values else "" for values in lora.scores.values()]
+        lines.append(f"| {rank or 'base model'} | {' | '.join(cells)} |")
+    return ["\n".join(lines)]
 
 
 def _front_matter(
-    config: Mapping[str, Any], hub_id: str | None, sources: Sequence[SourceCard]
+    lora: Lora, config: Mapping[str, Any], hub_id: str | None, sources: Sequence[SourceCard]
 ) -> str:
     """Return the fields at the start of the card, between lines of dashes."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
     fields: dict[str, Any] = {}
     for key in _KEPT_FIELDS:
@@ -212,6 +226,21 @@ def _front_matter(
     tags += ["lora", "matryoshka-lora"]
     if hub_id is not None:
         tags.append(f"{_ADAPTER_TAG}{hub_id}")
+    eval_results = [
+        EvalResult(
+            task_type=fields["pipeline_tag"] or "text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_name=f"{metric} at rank {rank}",
+            metric_value=value,
+        )
+        for (task, metric), values in lora.scores.items()
+        for rank, value in values.items()
+        if lora.nesting is not None and rank > 0
+    ]
+    if eval_results:
+        fields.update(eval_results=eval_results, model_name=f"LoRA of rank {lora.max_rank}")
     data = ModelCardData(
         license=_common_license(sources),
         library_name="peft",

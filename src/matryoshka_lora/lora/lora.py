@@ -57,6 +57,8 @@ class Lora:
             arXiv 2605.07850.
         original_error: The relative error of its largest rank against the LoRA, or the change of a
             model, that it was truncated from; 0 if it was not truncated.
+        scores: Scores by rank from an evaluation, by task and metric, for the model card of a
+            nested adapter. Rank 0 is the base model.
         notes: What the user should know of an output, one sentence each.
         changes: What was done to the layers, such as ``"left out 2 layers of 14"``.
     """
@@ -73,6 +75,7 @@ class Lora:
     small: Lora | None = None
     deploy: Deploy = "reordered"
     original_error: float = 0.0
+    scores: Mapping[tuple[str, str], Mapping[int, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
 

@@ -10,16 +10,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from matryoshka_lora.atomic import PathLike, check_output, free_folder, is_occupied
+from matryoshka_lora.atomic import (
+    MANIFEST_NAME,
+    PathLike,
+    check_output,
+    free_folder,
+    is_occupied,
+)
 from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, check_integer, short
 from matryoshka_lora.formats.peft_folder import find_layers
@@ -45,9 +53,11 @@ from matryoshka_lora.peft.lora_layers import (
     set_small_factors,
     small_factors,
 )
+from matryoshka_lora.peft.sharded_factors import ShardedFactors
 from matryoshka_lora.peft.state import NestingState
 from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.rules import RULES, Rule
+from matryoshka_lora.sharding import full_shape, gather_parameter, is_sharded, reshard
 from matryoshka_lora.tensors import to_numpy, to_numpy_dtype, to_torch
 from matryoshka_lora.training.factors import (
     FactorMatrices,
@@ -60,6 +70,7 @@ from matryoshka_lora.units import pluralize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from matryoshka_lora.evaluation.results import Evaluation
     from matryoshka_lora.peft.callback import NestingCallback
     from matryoshka_lora.training.data import Collate, Loss, TrainingData
 
@@ -140,8 +151,16 @@ class NestedAdapter:
 
     @property
     def factors(self) -> ModelFactors:
-        """The parameters A and B, to read and write all of them."""
-        return ModelFactors(self.model, self.layer_factors())
+        """The parameters A and B, to read and write all of them.
+
+        If they are sharded over processes, every process must use them.
+        """
+        reshard(self.model)
+        factors = ModelFactors(self.model, self.layer_factors())
+        factors.check_shapes()
+        if factors.are_sharded:
+            return ShardedFactors(self.model, self.layers, self.name, self.use_diagonal)
+        return factors
 
     @property
     def nesting(self) -> Nesting:
@@ -354,17 +373,21 @@ class NestedAdapter:
             The errors of the nested ranks, and the singular values of each layer's update.
 
         Raises:
-            MatryoshkaError: The adapter is merged, or sharded over processes, or the data cannot be
-                used, and the adapter is unchanged. Or no example uses one of its layers, and it is
-                reordered without the data.
+            MatryoshkaError: The adapter is merged, or the data cannot be used, and the adapter is
+                unchanged. Or no example uses one of its layers, and it is reordered without the
+                data.
             NotFiniteError: A factor is NaN or infinite, and the adapter is unchanged. Or a gradient
                 is, and the adapter is reordered without the data.
         """
         self._check_not_merged("reorder it")
         factors, nesting = self.factors, self.nesting
-        factors.check_not_sharded()
         examples = None
         if data is not None:
+            if factors.are_sharded:
+                raise MatryoshkaError(
+                    "Sharded factors can be reordered without examples only. Omit `data`; or save "
+                    "the adapter, and reorder its folder in one process."
+                )
             # This module is slow to import.
             from matryoshka_lora.training.data import read_training_data
 
@@ -374,9 +397,8 @@ class NestedAdapter:
                 examples = read_training_data(
                     self.model, data, tokenizer, loss=loss, collate=collate
                 )
-        matrices, singular_values = factors.svd(self.state.deployed_q(nesting.max_rank).numpy())
-        with factors.restored_after_error():
-            factors.write(matrices)
+        with factors.restored(after_errors_only=True):
+            singular_values = factors.reorder(self.state.deployed_q(nesting.max_rank).numpy())
             self.mark_ordered("svd")
         singular_values = {name: v * nesting.scale for name, v in singular_values.items()}
         squared_errors = {name: squared_tails(values) for name, values in singular_values.items()}
@@ -421,7 +443,7 @@ class NestedAdapter:
                 )
             matrices[name] = to_torch(new_A), to_torch(new_B)
             squared_errors[name] = truncation_errors(new_A, new_B, scales)
-        with factors.restored_after_error():
+        with factors.restored(after_errors_only=True):
             factors.write(matrices)
             self.mark_ordered("weighted", weighted_values)
         return squared_errors
@@ -458,9 +480,14 @@ class NestedAdapter:
         for name, layer in self.layers.items():
             A, B = factor_parameters(layer, self.name)
             small_A, small_B = factors[name]
-            small_A = small_A.detach().to(A).reshape(small_rank, *A.shape[1:])
-            small_B = small_B.detach().to(B).reshape(len(B), small_rank, *B.shape[2:])
-            set_small_factors(layer, self.name, small_A.clone(), small_B.clone())
+            small_A = small_A.detach().to(A.device, A.dtype, copy=True)
+            small_B = small_B.detach().to(B.device, B.dtype, copy=True)
+            set_small_factors(
+                layer,
+                self.name,
+                small_A.reshape(small_rank, *full_shape(A)[1:]),
+                small_B.reshape(len(small_B), small_rank, *full_shape(B)[2:]),
+            )
         self.state.small_rank = small_rank
         self.state.set_rank(self.rank)
 
@@ -512,7 +539,7 @@ class NestedAdapter:
 
         Raises:
             MatryoshkaError: The data cannot be used, max_examples is not positive, or the adapter
-                is merged, sharded or not active. The adapter is unchanged.
+                is merged or not active. The adapter is unchanged.
             NotFiniteError: The loss or a gradient is NaN or infinite.
             RuntimeError: Another process has failed.
 
@@ -538,7 +565,6 @@ class NestedAdapter:
                 f"model.set_adapter({self.name!r}) first."
             )
         factors, nesting = self.factors, self.nesting
-        factors.check_not_sharded()
         # Rank R in every forward, whatever rank is set: training writes a rank's prefix to B.
         with self.use_diagonal(torch.ones(nesting.max_rank)):
             try:
@@ -563,26 +589,34 @@ class NestedAdapter:
             self.set_small_factors(small)
         return result
 
-    def save(self, path: PathLike, force: bool = False) -> Path:
+    def save(
+        self, path: PathLike, force: bool = False, *, evaluation: Evaluation | None = None
+    ) -> Path:
         """Save a folder that serves every rank, and that PEFT alone loads at rank R.
 
         Factors without an order are reordered on the way; the adapter in memory is unchanged. Rank
         R keeps its function. A smaller rank that a rule such as ``"dylora"`` has trained does not,
         which is a warning: see `nest` for ``deploy="paper"``, which saves the trained factors.
 
+        Of several processes, the first one writes. If the factors are sharded over them, every
+        process must call this method.
+
         Args:
             path: The folder to write. If it already exists and is not replaced, the adapter is
                 written next to it, with a warning: it may have been trained for hours.
             force: Whether to replace an earlier output of this package. Nothing else is replaced.
+            evaluation: Its scores by rank go into the model card.
 
         Returns:
-            The folder that was written.
+            The folder that was written. Other processes than the first return `path`.
 
         Raises:
             MatryoshkaError: The path cannot be written.
             NotFiniteError: A factor is NaN or infinite.
         """
         lora = self._to_lora(_read_later)
+        if not _is_main_process():
+            return Path(path)
         if not self.rule.fixed and self.deploy != "paper":
             warnings.warn(
                 f"The saved factors are reordered, so a rank below R computes something else than "
@@ -600,12 +634,76 @@ class NestedAdapter:
             free = free_folder(Path(path))
             warnings.warn(f"{error} The adapter is saved to {free} instead.", stacklevel=2)
             path = free
-        return lora.nested().save(path, "peft", force=force).path
+        nested = lora.nested()
+        if evaluation is not None:
+            nested = replace(nested, scores=evaluation.scores())
+        return nested.save(path, "peft", force=force).path
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, model_id: PathLike, rank: int | None = None, **options: Any
+    ) -> NestedAdapter:
+        """Do the same as `matryoshka_lora.load`, by the name that PEFT has for it."""
+        from matryoshka_lora.peft.load import load  # it imports this module
+
+        return load(model, model_id, rank, **options)
+
+    def save_pretrained(
+        self, save_directory: PathLike, *, evaluation: Evaluation | None = None
+    ) -> Path:
+        """Do the same as `save`, by the name that PEFT has for it."""
+        return self.save(save_directory, evaluation=evaluation)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        evaluation: Evaluation | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload nested LoRA adapter",
+    ) -> str | None:
+        """Upload the folder that `save` writes to the Hugging Face Hub.
+
+        Its users load any rank by ``load(base_model, repo_id, rank)``, and PEFT alone loads rank R.
+        Several processes call it as `save`.
+
+        Args:
+            repo_id: ``owner/name``. The repository is created if it does not exist.
+            evaluation: Its scores by rank go into the model card.
+            private: Whether a new repository is private.
+            token: A token of the Hub. Defaults to the one of ``hf auth login``.
+            revision: The branch. Defaults to the main one.
+            commit_message: The message of the commit.
+
+        Returns:
+            The address of the commit; None in other processes than the first.
+
+        Raises:
+            NotFiniteError: A factor is NaN or infinite.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refuses the upload.
+        """
+        with TemporaryDirectory() as temporary:
+            folder = self.save(Path(temporary, "adapter"), evaluation=evaluation)
+            if not _is_main_process():
+                return None
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                ignore_patterns=[MANIFEST_NAME],
+            )
+        return str(commit.commit_url)
 
     def export(self, path: PathLike, rank: int, force: bool = False) -> Path:
         """Export one rank as an ordinary LoRA adapter, which computes the same as `set_rank`.
 
         A rank that `set_rank` offers only after `reorder` is computed by reordering on the way.
+        Several processes call it as `save`.
 
         Args:
             path: The folder to write; or, for an image model of diffusers, a ``.safetensors`` file
@@ -622,6 +720,8 @@ class NestedAdapter:
             NotFiniteError: A factor is NaN or infinite.
         """
         lora = self._to_lora(_read_later)
+        if not _is_main_process():
+            return Path(path)
         if not self.rule.fixed and rank in self.nesting.ranks:
             lora = replace(lora, deploy="paper")  # the trained prefix, as set_rank() uses it
         lora = lora.truncate(rank)
@@ -637,18 +737,24 @@ class NestedAdapter:
 
     def _to_lora(self, store: Callable[[Tensor], StoredTensor]) -> Lora:
         name = f"adapter {self.name!r}"
+        reshard(self.model)
         order = self.state.order.verify()
         config = self._config()
         state_dict: dict[str, Tensor] = get_peft_model_state_dict(
             self.model,
+            # Parameters, because the tensors of ZeRO-3 do not know where their shards are.
+            state_dict=self.model.state_dict(keep_vars=True),
             adapter_name=self.name,
             save_embedding_layers=self._save_embedding_layers(config["base_model_name_or_path"]),
         )
-        # Without PEFT's wrapper, the keys have no prefix.
-        tensors = {
-            PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): store(tensor)
-            for key, tensor in state_dict.items()
-        }
+        tensors: dict[str, StoredTensor] = {}
+        for key, tensor in state_dict.items():
+            full_tensor = gather_parameter(tensor)
+            if is_sharded(tensor):
+                # Only the first process writes the adapter.
+                full_tensor = full_tensor.to("cpu" if _is_main_process() else "meta")
+            # Without PEFT's wrapper, the keys have no prefix.
+            tensors[PEFT_PREFIX + key.removeprefix(PEFT_PREFIX)] = store(full_tensor)
         layers, other_tensors = find_layers(tensors, config, name)
         values = self.state.weighted_values if order == "weighted" else {}
         lora = Lora(
@@ -745,6 +851,11 @@ class NestedAdapter:
                 "inputs of shape (length, rows, features). Use set_rank(), or a rule with one "
                 "diagonal for the whole batch."
             )
+
+
+def _is_main_process() -> bool:
+    """Return whether this is the only process, or the first of torch.distributed."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _read_later(tensor: Tensor) -> StoredTensor:

@@ -38,7 +38,7 @@ class LoraModule(Protocol):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ``s B A`` in the shape of the base layer's weight."""
 
-    def register_buffer(self, name: str, tensor: Tensor, persistent: bool) -> None:
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool) -> None:
         """See ``torch.nn.Module``."""
 
     def register_state_dict_post_hook(self, hook: Callable[..., None]) -> None:
@@ -80,8 +80,8 @@ def check_not_padded(name: str, module: LoraModule, adapter: str) -> None:
         )
 
 
-def set_small_factors(module: LoraModule, adapter: str, A: Tensor, B: Tensor) -> None:
-    """Store the factors of the small adapter of a layer, in PEFT's own layout.
+def set_small_factors(module: LoraModule, adapter: str, A: Tensor | None, B: Tensor | None) -> None:
+    """Store the factors of the small adapter of a layer, in PEFT's own layout; None removes them.
 
     They are buffers, so they follow the layer to another device or dtype. They are not persistent,
     so PEFT's state dicts do not change.
@@ -90,9 +90,10 @@ def set_small_factors(module: LoraModule, adapter: str, A: Tensor, B: Tensor) ->
         module.register_buffer(f"small_{factor}_{adapter}", values, persistent=False)
 
 
-def small_factors(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return A and B of the small adapter of a layer, in PEFT's own layout."""
-    return getattr(module, f"small_A_{adapter}"), getattr(module, f"small_B_{adapter}")
+def small_factors(module: LoraModule, adapter: str) -> tuple[Any, Any]:
+    """Return A and B of the small adapter of a layer, in PEFT's own layout, or two times None."""
+    names = f"small_A_{adapter}", f"small_B_{adapter}"
+    return getattr(module, names[0], None), getattr(module, names[1], None)
 
 
 def factor_parameters(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ def nest(
             f"{nesting.max_rank}. End `ranks` with {max_rank}, or use "
             f"LoraConfig(r={nesting.max_rank})."
         )
-    order = FactorOrder(layers, adapter_name)
+    order = FactorOrder(model, layers, adapter_name)
     state = NestingState(nesting, rule, order, seed, deploy, max_rank_layers)
     for layer in layers.values():
         attach(layer, adapter_name, state)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.nesting import Order
 from matryoshka_lora.peft.lora_layers import LoraModule, factor_parameters
+from matryoshka_lora.sharding import gather_parameter, is_sharded, reshard
 from matryoshka_lora.tensors import to_numpy
 
 _SAMPLE_SIZE = 32
@@ -27,9 +28,10 @@ class FactorOrder:
     * Another value in a sample of the factors. Operations on ``tensor.data``, such as PEFT's
       hotswap, increment no version.
 
-    A cast to another dtype does not end the order.
+    A cast to another dtype does not end the order. Sharded factors are compared by all processes.
 
     Args:
+        model: The model.
         layers: The LoRA layers of the adapter by name.
         adapter: PEFT's name of the adapter.
 
@@ -38,11 +40,13 @@ class FactorOrder:
         may_have_changed: Whether the next check must compare the checksum.
     """
 
-    def __init__(self, layers: Mapping[str, LoraModule], adapter: str) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoraModule], adapter: str) -> None:
         self.adapter = adapter
         self.kind: Order | None = None
         self.may_have_changed = False
+        self._model = model
         self._layers = layers
+        self._is_sharded = False
         self._checksums: frozenset[str] = frozenset()
         # At the last comparison of the checksum:
         self._is_valid = False
@@ -52,6 +56,7 @@ class FactorOrder:
 
     def mark(self, kind: Order) -> None:
         """Record that the factors are ordered now."""
+        reshard(self._model)
         # Computed first, so that an interrupt leaves the order as it is.
         checksums = frozenset(map(self._checksum, (None, torch.bfloat16, torch.float16)))
         self._record_fingerprint()
@@ -62,9 +67,13 @@ class FactorOrder:
 
         Args:
             quick: Whether to sample only the first B, which is fast enough for every forward.
+                Sharded factors may have changed after a forward in train mode.
         """
         if self.kind is None:
             return None
+        if quick and self._is_sharded:
+            # FSDP has gathered some of them for the forward.
+            return self.kind if self._is_valid and not self.may_have_changed else None
         parameters = self._parameters()
         is_suspicious = (
             self.may_have_changed
@@ -80,12 +89,14 @@ class FactorOrder:
         """Return the same as `current`, but always compare the checksum."""
         if self.kind is None:
             return None
+        reshard(self._model)
         self._is_valid = self._checksum() in self._checksums
         self._record_fingerprint()
         return self.kind if self._is_valid else None
 
     def _record_fingerprint(self) -> None:
         parameters = self._parameters()
+        self._is_sharded = is_sharded(parameters[0])
         self._versions = _versions(parameters)
         self._first_sample = _sample(parameters[1:2])
         self._sample = _sample(parameters)
@@ -104,7 +115,7 @@ class FactorOrder:
         """Return the checksum of the factors after a cast, in float32."""
         checksum = Checksum()
         for _, layer in sorted(self._layers.items()):
-            A, B = factor_parameters(layer, self.adapter)
+            A, B = map(gather_parameter, factor_parameters(layer, self.adapter))
             checksum.update(to_numpy(A.to(cast_to).float()), to_numpy(B.to(cast_to).float()))
         return checksum.hexdigest()
 
@@ -115,11 +126,14 @@ def _versions(parameters: Sequence[Tensor]) -> list[int]:
 
 
 def _sample(parameters: Sequence[Tensor]) -> bytes:
-    """Return evenly spaced values of each factor, with one transfer from each device."""
+    """Return evenly spaced values of each factor, with one transfer from each device.
+
+    Sharded factors are left out: the processes have different values, but must agree.
+    """
     samples: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
-        if hasattr(parameter, "to_local"):  # a DTensor
-            parameter = parameter.to_local()
+        if is_sharded(parameter):
+            continue
         values = parameter.detach().flatten()
         values = values[:: max(1, len(values) // _SAMPLE_SIZE)]
         samples.setdefault(parameter.device, []).append(values)

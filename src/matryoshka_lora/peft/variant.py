@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.peft.fused import is_plain_linear, low_rank_linear
@@ -73,8 +74,8 @@ class NestedVariant(LoraVariant):
     ) -> Tensor:
         """Return the base layer's result plus the update."""
         diagonal = self.state.active_diagonal(module.training)
-        A, B = _factors_in_use(module, active_adapter, diagonal)
         if active_adapter in module.lora_embedding_A:
+            A, B = _factors_in_use(module, active_adapter, diagonal)
             embedding = cast(EmbeddingModule, module)
             hidden = diagonal.multiply(embedding._embed(x, A.T))
             embedded = (hidden @ B.T) * module.scaling[active_adapter]
@@ -83,13 +84,20 @@ class NestedVariant(LoraVariant):
                 embedded = embedded * embed_scale.to(embedded.dtype)
             return result + embedded
         # A and B are called as modules: sharded training gathers their weights at the call.
-        lora_A: Callable[[Tensor], Tensor] = module.lora_A[active_adapter]
-        lora_B: Callable[[Tensor], Tensor] = module.lora_B[active_adapter]
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        pairs: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = []
+        if diagonal.uses_main:
+            pairs.append((lora_A, lora_B))
         if diagonal.uses_small:
-            lora_A = _with_weight(module.lora_A[active_adapter], A)
-            lora_B = _with_weight(module.lora_B[active_adapter], B)
-        hidden = lora_A(module.lora_dropout[active_adapter](x))
-        update: Tensor = lora_B(diagonal.multiply(hidden, A.ndim - 2))
+            A, B = small_factors(module, active_adapter)
+            pairs.append((_with_weight(lora_A, A), _with_weight(lora_B, B)))
+        x = module.lora_dropout[active_adapter](x)
+        hidden_states = [lora_A(x) for lora_A, _ in pairs]
+        spatial_dims = len(getattr(lora_A, "kernel_size", ()))
+        dim = -1 - spatial_dims
+        hidden = diagonal.multiply(torch.cat(hidden_states, dim), spatial_dims)
+        split = hidden.split_with_sizes([state.shape[dim] for state in hidden_states], dim)
+        update = sum(lora_B(part) for (_, lora_B), part in zip(pairs, split, strict=True))
         return result + update * module.scaling[active_adapter]
 
     def merge_safe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -126,6 +134,8 @@ def _factors_in_use(module: LoraModule, adapter: str, diagonal: Diagonal) -> tup
 
 def _with_weight(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the function of a layer without a bias, with another weight."""
+    if isinstance(layer, nn.Linear):
+        return lambda x: linear(x, weight)  # without the hooks of ZeRO-3
     return lambda x: functional_call(layer, {"weight": weight}, (x,))
 
 

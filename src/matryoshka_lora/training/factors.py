@@ -15,6 +15,7 @@ from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.linalg.factors import reorder_factors
 from matryoshka_lora.progress import single_threaded
+from matryoshka_lora.sharding import gather_parameter, is_sharded, local_shard, write_parameter
 from matryoshka_lora.tensors import at_least_float32, to_numpy, to_torch
 
 FactorParameters = dict[str, tuple[Tensor, Tensor]]
@@ -45,34 +46,67 @@ class ModelFactors:
         A, _ = next(iter(self.parameters.values()))
         return len(A)
 
-    def copy(self) -> FactorMatrices:
-        """Return copies of A, shape (R, in), and B, shape (out, R), of each layer."""
+    @property
+    def are_sharded(self) -> bool:
+        """Whether this process has only a part of the factors."""
+        A, _ = next(iter(self.parameters.values()))
+        return is_sharded(A)
+
+    def copy(self, rank: int | None = None) -> FactorMatrices:
+        """Return copies of A, shape (r, in), and B, shape (out, r), of each layer.
+
+        Args:
+            rank: The number of components, r. Defaults to R.
+        """
         return {
-            name: (A.detach().flatten(1).clone(), B.detach().flatten(1).clone())
+            name: (
+                gather_parameter(A)[:rank].flatten(1).clone(),
+                gather_parameter(B)[:, :rank].flatten(1).clone(),
+            )
             for name, (A, B) in self.parameters.items()
         }
 
-    @torch.no_grad()
     def write(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Overwrite the factors of some layers.
 
         Args:
             matrices: By layer, A of shape (R, in) and B of shape (out, R), any dtype and device.
         """
+        for name, pair in matrices.items():
+            for parameter, values in zip(self.parameters[name], pair, strict=True):
+                write_parameter(parameter, values)
+
+    def trained_parameters(self) -> FactorParameters:
+        """Return the tensors that hold the first components while these are trained."""
+        return self.parameters
+
+    @torch.no_grad()
+    def write_prefix(self, matrices: FactorMatrices) -> None:
+        """Overwrite the first components of all layers.
+
+        Args:
+            matrices: By layer, A of shape (k, in) and B of shape (out, k), any dtype and device.
+        """
         for name, (new_A, new_B) in matrices.items():
             A, B = self.parameters[name]
-            A.copy_(new_A.reshape(A.shape))
-            B.copy_(new_B.reshape(B.shape))
+            k = len(new_A)
+            A[:k].copy_(new_A.reshape(k, *A.shape[1:]))
+            B[:, :k].copy_(new_B.reshape(len(B), k, *B.shape[2:]))
 
     @contextmanager
-    def restored_after_error(self) -> Iterator[None]:
-        """Restore the factors after any exception, including KeyboardInterrupt."""
-        matrices = self.copy()
+    def restored(self, *, after_errors_only: bool = False) -> Iterator[None]:
+        """Restore the factors at the end, and after any exception, including KeyboardInterrupt."""
+        shards = [local_shard(factor) for pair in self.parameters.values() for factor in pair]
+        originals = [shard.clone() for shard in shards]
+        is_done = False
         try:
             yield
-        except BaseException:
-            self.write(matrices)
-            raise
+            is_done = True
+        finally:
+            if not (is_done and after_errors_only):
+                with torch.no_grad():
+                    for shard, original in zip(shards, originals, strict=True):
+                        shard.copy_(original)
 
     @contextmanager
     def masked(self, q: Tensor) -> Iterator[None]:
@@ -96,40 +130,38 @@ class ModelFactors:
                 for B, original in zip(all_B, originals, strict=True):
                     B.copy_(original)
 
-    def svd(self, q: Float64Array) -> tuple[FactorMatrices, dict[str, Float64Array]]:
-        """Return the SVD of ``B diag(q) A`` of each layer as new factors; see `reorder_factors`.
+    def reorder(self, q: Float64Array) -> dict[str, Float64Array]:
+        """Replace the factors of each layer by the SVD of ``B diag(q) A``; see `reorder_factors`.
 
         Args:
             q: Shape (R,).
 
         Returns:
-            The new factors, on the CPU in the dtype of the old ones, and the singular values of
-            each layer, decreasing, shape (R,).
+            The singular values of each layer, decreasing, shape (R,).
 
         Raises:
-            NotFiniteError: A factor is NaN or infinite.
+            NotFiniteError: A factor is NaN or infinite. Factors of other layers may have changed.
         """
-        matrices: FactorMatrices = {}
         singular_values: dict[str, Float64Array] = {}
         with single_threaded():
             for name, parameters in self.parameters.items():
-                A, B = [to_numpy(parameter.flatten(1)) for parameter in parameters]
+                A, B = [to_numpy(gather_parameter(factor).flatten(1)) for factor in parameters]
                 if not (np.isfinite(A).all() and np.isfinite(B).all()):
                     raise NotFiniteError(
                         f"The factors of layer {name} are NaN or infinite: training diverged. "
                         "Train again with a lower learning rate."
                     )
                 A, B, singular_values[name] = reorder_factors(A, B, q)
-                matrices[name] = to_torch(A), to_torch(B)
-        return matrices, singular_values
+                self.write({name: (to_torch(A), to_torch(B))})
+        return singular_values
 
-    def check_not_sharded(self) -> None:
-        """Raise MatryoshkaError if this process has only a part of the factors."""
+    def check_shapes(self) -> None:
+        """Raise MatryoshkaError if the factors are pieces of a flat parameter, as FSDP 1's are."""
         for A, _ in self.parameters.values():
-            if hasattr(A, "device_mesh"):
+            if A.ndim < 2 and not is_sharded(A):
                 raise MatryoshkaError(
-                    "The factors are sharded over processes. Let the Trainer save the adapter, "
-                    "then reorder its folder in one process."
+                    "FSDP 1 has flattened the factors. Use FSDP 2: set `fsdp_version: 2` in the "
+                    "fsdp_config. Or let the Trainer save the adapter, and reorder its folder."
                 )
 
 

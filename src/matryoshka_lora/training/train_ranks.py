@@ -190,7 +190,7 @@ def train_ranks(
         trained, examples_by_rank, num_tokens = train_prefixes(
             factors, range(ranks[0], k + 1), data, split.training_indices, seed, options
         )
-        factors.write(trained)
+        factors.write_prefix(trained)
         after = validation_losses(factors, low_ranks, data, split.validation_batches)
         _log_validation(data, after, num_steps)
     result = TrainRanksResult(
@@ -255,8 +255,8 @@ def trainable_factors(factors: ModelFactors) -> Iterator[None]:
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = {parameter.device for parameter in model.parameters()}
     cuda_devices = [device for device in devices if device.type == "cuda"]
-    original = factors.copy()
-    with restored_modes(model), torch.random.fork_rng(devices=cuda_devices):
+    random_state = torch.random.fork_rng(devices=cuda_devices)
+    with restored_modes(model), random_state, factors.restored():
         try:
             for module in model.modules():
                 # Gradient checkpointing needs train mode. Layers that call dropout as a function,
@@ -265,12 +265,11 @@ def trainable_factors(factors: ModelFactors) -> Iterator[None]:
                 has_checkpoints = attributes.get("gradient_checkpointing", False)
                 module.training = bool(has_checkpoints and not attributes.get("dropout"))
             model.requires_grad_(False)
-            for A, B in factors.parameters.values():
+            for A, B in factors.trained_parameters().values():
                 A.requires_grad_()
                 B.requires_grad_()
             yield
         finally:
-            factors.write(original)
             model.zero_grad(set_to_none=True)
             for parameter, flag in requires_grad:
                 parameter.requires_grad_(flag)
@@ -351,9 +350,9 @@ def train_prefixes(
         options: The other hyperparameters.
 
     Returns:
-        The trained factors: A, shape (R, in), and B, shape (out, R), of each layer, in the dtype of
-        the parameters; the number of examples that each rank was trained on; and the number of
-        tokens of all of them.
+        The trained components: A, shape (k, in), and B, shape (out, k), of each layer, in the dtype
+        of the parameters, where k is the largest of the ranks; the number of examples that each
+        rank was trained on; and the number of tokens of all of them.
 
     Raises:
         NotFiniteError: The loss or a gradient is not finite.
@@ -362,7 +361,10 @@ def train_prefixes(
     num_steps = math.ceil(len(indices) / examples_per_step)
     total = sum(1 / rank for rank in ranks)
     schedule = RankSchedule({rank: 1 / rank / total for rank in ranks}, seed)
-    optimizer = PrefixAdam(factors.copy(), options.epsilon)
+    k = max(ranks)
+    start = factors.copy(k)
+    factors.write_prefix(start)
+    optimizer = PrefixAdam(start, options.epsilon)
     layer_factor = min(1.0, (options.reference_layers / len(factors.parameters)) ** 0.5)
     steps_per_log = math.ceil(num_steps / _NUM_LOGS)
     losses: dict[int, list[float]] = {}
@@ -389,7 +391,7 @@ def train_prefixes(
         decay = 1 - step / num_steps
         rate = options.learning_rate * rank**-options.rate_exponent * layer_factor
         optimizer.step(gradients, rate * warmup * decay)
-        factors.write(optimizer.factors())
+        factors.write_prefix(optimizer.factors())
         losses.setdefault(rank, []).append(loss)
         progress.set_postfix(rank=rank, loss=f"{loss:.3f}", refresh=False)
         is_logged = (step + 1) % steps_per_log == 0 or step + 1 == num_steps
@@ -399,7 +401,7 @@ def train_prefixes(
             data.log(metrics, step + 1)
             losses.clear()
     (total_tokens,) = _sum_over_processes([torch.tensor(num_tokens)], data.device)
-    return factors.copy(), dict(sorted(num_examples.items())), int(total_tokens)
+    return factors.copy(k), dict(sorted(num_examples.items())), int(total_tokens)
 
 
 def _num_tokens(batch: Batch) -> int:
@@ -420,17 +422,19 @@ def loss_and_gradients(
     Only the first components have one: the gradient of A has the shape (rank, in), and the gradient
     of B the shape (out, rank). The dtype is at least float32.
     """
+    trained = factors.trained_parameters()
     counts = [num_terms(batch) for batch in batches]
     (total_terms,) = _sum_over_processes([torch.tensor(sum(counts))], data.device)
     for scale in _GRADIENT_SCALES:
-        factors.model.zero_grad(set_to_none=True)
+        for A, B in trained.values():
+            A.grad = B.grad = None
         mean_loss = torch.zeros((), dtype=torch.float32)
         for batch, count in zip(batches, counts, strict=True):
             loss = data.loss(batch) * (count / total_terms.item())
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             mean_loss += loss.item()
         tensors = [mean_loss]
-        for A, B in factors.parameters.values():
+        for A, B in trained.values():
             for parameter, index in ((A, (slice(rank),)), (B, (slice(None), slice(rank)))):
                 gradient = parameter.grad
                 if gradient is None:  # the layer was not used
@@ -440,7 +444,7 @@ def loss_and_gradients(
         _check_finite(mean_loss.item())
         if torch.nn.utils.get_total_norm(tensors).isfinite():
             pairs = zip(tensors[::2], tensors[1::2], strict=True)
-            return mean_loss.item(), dict(zip(factors.parameters, pairs, strict=True))
+            return mean_loss.item(), dict(zip(trained, pairs, strict=True))
     raise NotFiniteError(
         "Gradients are NaN or infinite. Load the base model in bfloat16 or float32. Or reorder the "
         "adapter, which needs no gradients."

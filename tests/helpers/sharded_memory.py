@@ -1,0 +1,101 @@
+"""Train the ranks of a sharded model under `accelerate launch`, and measure the memory.
+
+    sharded_memory.py FOLDER [zero3]
+
+Each process writes INDEX.json: the peak of its memory in `train_ranks` and `reorder` above the
+memory before, the bytes of the model, and the outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+from accelerate.state import PartialState
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import helpers.cpu_backends  # noqa: F401  it changes accelerate and DeepSpeed
+from helpers.examples import collate, lookup_examples
+from helpers.models import tiny_llama
+from matryoshka_lora import nest
+
+
+class PeakMemory(threading.Thread):
+    """Records the maximum of the memory of this process, in bytes, until `stop`."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process()
+        self._is_done = threading.Event()
+        self.before = self.peak = self._process.memory_info().rss
+
+    def run(self) -> None:
+        while not self._is_done.wait(0.002):
+            self.peak = max(self.peak, self._process.memory_info().rss)
+
+    def stop(self) -> int:
+        """Return by how much the memory has grown."""
+        self._is_done.set()
+        self.join()
+        return self.peak - self.before
+
+
+# By default, DeepSpeed keeps a billion gathered parameters.
+ZERO_3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_max_live_parameters": 1,
+        "stage3_max_reuse_distance": 1,
+        "stage3_prefetch_bucket_size": 1,
+        "stage3_param_persistence_threshold": 1,
+    },
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    arguments = TrainingArguments(
+        str(folder / "run"),
+        max_steps=12,
+        learning_rate=5e-3,
+        per_device_train_batch_size=8,
+        save_strategy="no",
+        report_to="none",
+        use_cpu="ACCELERATE_USE_FSDP" not in os.environ,
+        ddp_backend="gloo",
+        bf16=False,
+        deepspeed=ZERO_3 if "zero3" in sys.argv else None,
+    )
+    base = tiny_llama(hidden_size=512, intermediate_size=1536, num_hidden_layers=12)
+    num_bytes = sum(parameter.nbytes for parameter in base.parameters())
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(base, lora)
+    dataset = Dataset.from_list(lookup_examples(160))
+    trainer = Trainer(model, arguments, collate, dataset)
+    trainer.train()
+    adapter = nest(trainer.model)
+    memory = PeakMemory()
+    memory.start()
+    result = adapter.train_ranks(trainer, max_examples=32)
+    growth = memory.stop()
+    adapter.save(folder / "adapter")
+    measured = {
+        "growth": growth,
+        "model": num_bytes,
+        "outcome": result.outcome,
+        "losses": [list(result.losses_before.values()), list(result.losses_after.values())],
+    }
+    (folder / f"{PartialState().process_index}.json").write_text(json.dumps(measured))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # FSDP 2 on CPUs sometimes aborts while the interpreter shuts down
+
+
+main()
