@@ -25,7 +25,6 @@ from helpers.models import (
     nested_llama,
     randomize,
     tiny_llama,
-    tiny_mixtral,
 )
 from helpers.plain_peft import IDS, by_peft, is_close, logits, plain_adapter
 from helpers.small_adapter import add_small_adapter
@@ -562,14 +561,6 @@ def test_a_base_model_keeps_the_adapters_that_it_has(kind: str, tmp_path: Path) 
         load(base_model, tmp_path / "a")
     assert torch.equal(logits(base_model), before)
     assert not torch.equal(before, logits(tiny_llama()))
-
-
-@pytest.mark.parametrize("targets", [[], ["q_proj"]])
-def test_experts_are_rejected(targets: list[str], tmp_path: Path) -> None:
-    experts = ["experts.gate_up_proj", "experts.down_proj"]
-    plain_adapter(tmp_path / "a", tiny_mixtral(), target_modules=targets, target_parameters=experts)
-    with pytest.raises(MatryoshkaError, match="export"):
-        load(tiny_mixtral(), tmp_path / "a")
 
 
 # A process that has only PEFT.

@@ -200,6 +200,10 @@ def load_data(
     Raises:
         MatryoshkaError: An example has no prompt with a completion.
     """
+
+    def loss(*_: object) -> None:
+        """`_ExamplesTask` computes it. Of a name, the harness would look for it on the Hub."""
+
     docs = [_make_doc(example, index, tokenizer) for index, example in enumerate(examples)]
     config = {
         "task": name,
@@ -211,7 +215,7 @@ def load_data(
         "generation_kwargs": {"until": [], "do_sample": False},
         "metric_list": [
             {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "loss", "aggregation": "mean", "higher_is_better": False},
+            {"metric": loss, "aggregation": "mean", "higher_is_better": False},
         ],
         "num_fewshot": 0,
         "metadata": {"version": 1},

@@ -57,7 +57,7 @@ from matryoshka_lora.peft.sharded_factors import ShardedFactors
 from matryoshka_lora.peft.state import NestingState
 from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.rules import RULES, Rule
-from matryoshka_lora.sharding import full_shape, gather_parameter, is_sharded, reshard
+from matryoshka_lora.sharding import gather_parameter, is_sharded, reshard
 from matryoshka_lora.tensors import to_numpy, to_numpy_dtype, to_torch
 from matryoshka_lora.training.factors import (
     FactorMatrices,
@@ -156,7 +156,12 @@ class NestedAdapter:
         If they are sharded over processes, every process must use them.
         """
         reshard(self.model)
-        factors = ModelFactors(self.model, self.layer_factors())
+        num_experts = {
+            name: layer.num_experts
+            for name, layer in self.layers.items()
+            if getattr(layer, "num_experts", 1) > 1
+        }
+        factors = ModelFactors(self.model, self.layer_factors(), num_experts)
         factors.check_shapes()
         if factors.are_sharded:
             return ShardedFactors(self.model, self.layers, self.name, self.use_diagonal)
@@ -477,17 +482,13 @@ class NestedAdapter:
             factors: By layer, A of shape (k, in) and B of shape (out, k), any dtype and device.
         """
         small_rank = len(next(iter(factors.values()))[0])
+        model_factors = self.factors
         for name, layer in self.layers.items():
             A, B = factor_parameters(layer, self.name)
-            small_A, small_B = factors[name]
+            small_A, small_B = model_factors.from_matrices(name, *factors[name])
             small_A = small_A.detach().to(A.device, A.dtype, copy=True)
             small_B = small_B.detach().to(B.device, B.dtype, copy=True)
-            set_small_factors(
-                layer,
-                self.name,
-                small_A.reshape(small_rank, *full_shape(A)[1:]),
-                small_B.reshape(len(small_B), small_rank, *full_shape(B)[2:]),
-            )
+            set_small_factors(layer, self.name, small_A, small_B)
         self.state.small_rank = small_rank
         self.state.set_rank(self.rank)
 

@@ -29,6 +29,7 @@ class LoraModule(Protocol):
     merged_adapters: list[str]
     merged: bool
     disable_adapters: bool
+    num_experts: int
     forward: Callable[..., Tensor]
     _state_dict_hooks: Mapping[int, object]
 
@@ -72,6 +73,7 @@ def check_not_padded(name: str, module: LoraModule, adapter: str) -> None:
     lora_A: Any = module.lora_A[adapter]
     # Sharding changes the shape of the weight.
     rank = lora_A.out_channels if hasattr(lora_A, "out_channels") else lora_A.out_features
+    rank //= getattr(module, "num_experts", 1)
     if rank != module.r[adapter]:
         raise MatryoshkaError(
             f"The factors of layer {name} are padded from rank {module.r[adapter]} to {rank}, as "

@@ -34,14 +34,16 @@ _SUPPORTED_LAYERS = (
     "bnb.Linear8bitLt",
     "hqq.HqqLoraLinear",
 )
-# They ignore a variant in forward (AQLM, AWQ, EETQ) or in merging (INC, torchao), or were not run
-# (GPTQ). Their factors are reordered and trained at rank R as others are.
+# They ignore a variant in forward (AQLM, AWQ, EETQ, and the experts of `target_parameters`) or in
+# merging (INC, torchao), or were not run (GPTQ). Their factors are reordered and trained at rank R
+# as others are.
 _LAYERS_AT_MAX_RANK = (
     "aqlm.AqlmLoraLinear",
     "awq.AwqLoraLinear",
     "eetq.EetqLoraLinear",
     "gptq.GPTQLoraLinear",
     "inc.IncLoraLinear",
+    "layer.ParamWrapper",
     "torchao.TorchaoLoraLinear",
 )
 

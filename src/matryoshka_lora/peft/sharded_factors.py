@@ -14,7 +14,6 @@ from matryoshka_lora.peft.lora_layers import (
     set_small_factors,
     small_factors,
 )
-from matryoshka_lora.sharding import full_shape
 from matryoshka_lora.training.factors import FactorMatrices, FactorParameters, ModelFactors
 
 
@@ -47,33 +46,26 @@ class ShardedFactors(ModelFactors):
         self._use_diagonal = use_diagonal
         self._prefix: FactorParameters = {}
 
-    @property
-    def max_rank(self) -> int:
-        A, _ = next(iter(self.parameters.values()))
-        return full_shape(A)[0]
-
     def copy(self, rank: int | None = None) -> FactorMatrices:
         if not self._prefix:
             return super().copy(rank)
-        return {
-            name: (A.detach()[:rank].flatten(1).clone(), B.detach()[:, :rank].flatten(1).clone())
-            for name, (A, B) in self._prefix.items()
-        }
+        matrices: FactorMatrices = {}
+        for name, (A, B) in self._prefix.items():
+            A, B = self.to_matrices(name, A.detach(), B.detach())
+            matrices[name] = A[:rank].clone(), B[:, :rank].clone()
+        return matrices
 
     def trained_parameters(self) -> FactorParameters:
         return self._prefix
 
     def write_prefix(self, matrices: FactorMatrices) -> None:
-        for name, (new_A, new_B) in matrices.items():
-            A, B = self.parameters[name]
-            k = len(new_A)
-            shape_A, shape_B = (k, *full_shape(A)[1:]), (len(new_B), k, *full_shape(B)[2:])
-            pair = (
-                new_A.to(A.device, A.dtype).reshape(shape_A).clone().requires_grad_(),
-                new_B.to(B.device, B.dtype).reshape(shape_B).clone().requires_grad_(),
-            )
-            set_small_factors(self._layers[name], self._adapter, *pair)
-            self._prefix[name] = pair
+        for name, pair in matrices.items():
+            A, B = self.from_matrices(name, *pair)
+            like_A, like_B = self.parameters[name]
+            A = A.to(like_A.device, like_A.dtype, copy=True).requires_grad_()
+            B = B.to(like_B.device, like_B.dtype, copy=True).requires_grad_()
+            set_small_factors(self._layers[name], self._adapter, A, B)
+            self._prefix[name] = A, B
 
     @contextmanager
     def masked(self, q: Tensor) -> Iterator[None]:

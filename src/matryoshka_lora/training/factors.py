@@ -15,7 +15,13 @@ from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.linalg.factors import reorder_factors
 from matryoshka_lora.progress import single_threaded
-from matryoshka_lora.sharding import gather_parameter, is_sharded, local_shard, write_parameter
+from matryoshka_lora.sharding import (
+    full_shape,
+    gather_parameter,
+    is_sharded,
+    local_shard,
+    write_parameter,
+)
 from matryoshka_lora.tensors import at_least_float32, to_numpy, to_torch
 
 FactorParameters = dict[str, tuple[Tensor, Tensor]]
@@ -30,21 +36,32 @@ class ModelFactors:
     Reordering and training the ranks only read and write these parameters, and call the model. So
     they work with every implementation of LoRA that computes ``B A x`` from them.
 
+    Methods take and return matrices: A, shape (R, in), and B, shape (out, R). The dimensions of a
+    kernel are part of ``in``. Of a layer of experts, ``in`` and ``out`` are over all experts.
+
     Args:
         model: The model, whose forward uses the factors.
         parameters: The parameters A, shape (R, in, ...), and B, shape (out, R, ...), of each layer.
-            The additional dimensions are the kernel of a convolution.
+            The additional dimensions are the kernel of a convolution. Of n experts, A has the shape
+            (n * R, in), expert by expert, and B (out, R * n), component by component.
+        num_experts: The number of experts of the layers that have several.
     """
 
-    def __init__(self, model: nn.Module, parameters: FactorParameters) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: FactorParameters,
+        num_experts: Mapping[str, int] | None = None,
+    ) -> None:
         self.model = model
         self.parameters = parameters
+        self.num_experts = num_experts or {}
 
     @property
     def max_rank(self) -> int:
         """``R``, the rank of the factors."""
-        A, _ = next(iter(self.parameters.values()))
-        return len(A)
+        name, (A, _) = next(iter(self.parameters.items()))
+        return full_shape(A)[0] // self.num_experts.get(name, 1)
 
     @property
     def are_sharded(self) -> bool:
@@ -58,13 +75,11 @@ class ModelFactors:
         Args:
             rank: The number of components, r. Defaults to R.
         """
-        return {
-            name: (
-                gather_parameter(A)[:rank].flatten(1).clone(),
-                gather_parameter(B)[:, :rank].flatten(1).clone(),
-            )
-            for name, (A, B) in self.parameters.items()
-        }
+        matrices: FactorMatrices = {}
+        for name, pair in self.parameters.items():
+            A, B = self.to_matrices(name, *map(gather_parameter, pair))
+            matrices[name] = A[:rank].clone(), B[:, :rank].clone()
+        return matrices
 
     def write(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Overwrite the factors of some layers.
@@ -73,8 +88,38 @@ class ModelFactors:
             matrices: By layer, A of shape (R, in) and B of shape (out, R), any dtype and device.
         """
         for name, pair in matrices.items():
-            for parameter, values in zip(self.parameters[name], pair, strict=True):
-                write_parameter(parameter, values)
+            values = self.from_matrices(name, *pair)
+            for parameter, value in zip(self.parameters[name], values, strict=True):
+                write_parameter(parameter, value)
+
+    def to_matrices(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tensors in the shapes of a layer's parameters as matrices of its components."""
+        num_experts = self.num_experts.get(name, 1)
+        if num_experts == 1:
+            return A.flatten(1), B.flatten(1)
+        A = A.reshape(num_experts, -1, A.shape[1]).transpose(0, 1)
+        B = B.reshape(len(B), -1, num_experts).permute(2, 0, 1)
+        return A.flatten(1), B.flatten(0, 1)
+
+    def from_matrices(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reverse of `to_matrices`, for any number of components."""
+        num_experts = self.num_experts.get(name, 1)
+        if num_experts == 1:
+            shape_A, shape_B = map(full_shape, self.parameters[name])
+            return A.reshape(len(A), *shape_A[1:]), B.reshape(*B.shape, *shape_B[2:])
+        A = A.reshape(len(A), num_experts, -1).transpose(0, 1)
+        B = B.reshape(num_experts, -1, B.shape[1]).permute(1, 2, 0)
+        return A.flatten(0, 1), B.flatten(1)
+
+    def gradients(self, rank: int) -> FactorMatrices:
+        """Return the gradients of the first components: zeros in a layer that was not used."""
+        gradients: FactorMatrices = {}
+        for name, pair in self.trained_parameters().items():
+            A, B = self.to_matrices(
+                name, *[torch.zeros_like(p) if p.grad is None else p.grad for p in pair]
+            )
+            gradients[name] = A[:rank], B[:, :rank]
+        return gradients
 
     def trained_parameters(self) -> FactorParameters:
         """Return the tensors that hold the first components while these are trained."""
@@ -88,10 +133,11 @@ class ModelFactors:
             matrices: By layer, A of shape (k, in) and B of shape (out, k), any dtype and device.
         """
         for name, (new_A, new_B) in matrices.items():
-            A, B = self.parameters[name]
             k = len(new_A)
-            A[:k].copy_(new_A.reshape(k, *A.shape[1:]))
-            B[:, :k].copy_(new_B.reshape(len(B), k, *B.shape[2:]))
+            A, B = self.to_matrices(name, *self.parameters[name])
+            A[:k], B[:, :k] = new_A, new_B
+            if name in self.num_experts:  # the matrices are copies
+                self.write({name: (A, B)})
 
     @contextmanager
     def restored(self, *, after_errors_only: bool = False) -> Iterator[None]:
@@ -118,17 +164,18 @@ class ModelFactors:
         Args:
             q: Shape (R,), float64.
         """
-        all_B = [B for _, B in self.parameters.values()]
-        originals = [B.detach().clone() for B in all_B]
+        originals = {name: B.detach().clone() for name, (_, B) in self.parameters.items()}
         try:
             with torch.no_grad():
-                for B, original in zip(all_B, originals, strict=True):
-                    B.copy_(scale_columns(original, q))
+                for name, (_, B) in self.parameters.items():
+                    # Of experts, each column is repeated for each expert.
+                    columns = q.repeat_interleave(self.num_experts.get(name, 1))
+                    B.copy_(scale_columns(originals[name], columns))
             yield
         finally:
             with torch.no_grad():
-                for B, original in zip(all_B, originals, strict=True):
-                    B.copy_(original)
+                for name, (_, B) in self.parameters.items():
+                    B.copy_(originals[name])
 
     def reorder(self, q: Float64Array) -> dict[str, Float64Array]:
         """Replace the factors of each layer by the SVD of ``B diag(q) A``; see `reorder_factors`.
@@ -137,21 +184,33 @@ class ModelFactors:
             q: Shape (R,).
 
         Returns:
-            The singular values of each layer, decreasing, shape (R,).
+            The singular values of each layer, decreasing, shape (R,). Of experts, the square is the
+            sum of the squares over the experts.
 
         Raises:
             NotFiniteError: A factor is NaN or infinite. Factors of other layers may have changed.
         """
         singular_values: dict[str, Float64Array] = {}
         with single_threaded():
-            for name, parameters in self.parameters.items():
-                A, B = [to_numpy(gather_parameter(factor).flatten(1)) for factor in parameters]
+            for name, pair in self.parameters.items():
+                matrices = self.to_matrices(name, *map(gather_parameter, pair))
+                A, B = map(to_numpy, matrices)
                 if not (np.isfinite(A).all() and np.isfinite(B).all()):
                     raise NotFiniteError(
                         f"The factors of layer {name} are NaN or infinite: training diverged. "
                         "Train again with a lower learning rate."
                     )
-                A, B, singular_values[name] = reorder_factors(A, B, q)
+                num_experts = self.num_experts.get(name, 1)
+                experts = [
+                    reorder_factors(*factors, q)
+                    for factors in zip(
+                        np.split(A, num_experts, axis=1), np.split(B, num_experts), strict=True
+                    )
+                ]
+                A = np.concatenate([A for A, _, _ in experts], axis=1)
+                B = np.concatenate([B for _, B, _ in experts])
+                squares = [values**2 for _, _, values in experts]
+                singular_values[name] = np.sqrt(np.sum(squares, axis=0))
                 self.write({name: (to_torch(A), to_torch(B))})
         return singular_values
 

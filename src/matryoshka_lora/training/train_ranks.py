@@ -433,13 +433,9 @@ def loss_and_gradients(
             loss = data.loss(batch) * (count / total_terms.item())
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             mean_loss += loss.item()
-        tensors = [mean_loss]
-        for A, B in trained.values():
-            for parameter, index in ((A, (slice(rank),)), (B, (slice(None), slice(rank)))):
-                gradient = parameter.grad
-                if gradient is None:  # the layer was not used
-                    gradient = torch.zeros_like(parameter)
-                tensors.append(at_least_float32(gradient.flatten(1)[index]) / scale)
+        gradients = factors.gradients(rank).values()
+        scaled = [at_least_float32(gradient) / scale for pair in gradients for gradient in pair]
+        tensors = [mean_loss, *scaled]
         mean_loss, *tensors = _sum_over_processes(tensors, data.device)
         _check_finite(mean_loss.item())
         if torch.nn.utils.get_total_norm(tensors).isfinite():
