@@ -21,6 +21,7 @@ from matryoshka_lora.linalg.factors import (
     reorder_factors,
     singular_values,
     squared_tails,
+    svd_of_product,
     truncation_errors,
     weighted_sum,
 )
@@ -269,3 +270,58 @@ def test_every_prefix_has_the_least_expected_change(rank: int, seed: int) -> Non
         missing = root_G @ (B @ A - new_B[:, :r] @ new_A[:r]) @ root_C
         assert_close(np.linalg.norm(missing), errors[r], size=100)
         assert_close(np.sqrt(np.sum(values[r:] ** 2)), errors[r], size=100)
+
+
+def with_condition(rows: int, columns: int, condition: float, seed: int) -> Array:
+    """A matrix of this condition number, whose rows differ by 14 orders of magnitude in size."""
+    rng = np.random.default_rng(seed)
+    left, _ = np.linalg.qr(rng.standard_normal((rows, rows)))
+    right, _ = np.linalg.qr(rng.standard_normal((columns, rows)))
+    matrix = left * np.geomspace(1, 1 / condition, rows) @ right.T
+    sizes = rng.permutation(np.geomspace(1e-14, 1, rows))
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True) * sizes[:, None]
+
+
+@given(
+    rank=st.integers(2, 8),
+    log_condition=st.floats(0, 12),
+    is_bf16=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_cholesky_factors_give_the_svd_of_qr(
+    rank: int, log_condition: float, is_bf16: bool, seed: int
+) -> None:
+    """Where the condition allows them; otherwise it is the same code."""
+    A = with_condition(rank, 24, 10**log_condition, seed)
+    B = with_condition(rank, 20, 10 ** (log_condition / 2), seed + 1).T
+    if is_bf16:
+        A, B = A.astype(ml_dtypes.bfloat16), B.astype(ml_dtypes.bfloat16)
+    svd = svd_of_product(A, B)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matryoshka_lora.linalg.factors._MAX_CONDITION", 0.0)
+        expected = svd_of_product(A, B)
+    scale = expected.values[0]
+    np.testing.assert_allclose(svd.values, expected.values, rtol=1e-9, atol=1e-14 * scale)
+    np.testing.assert_allclose(singular_values(A, B), svd.values, rtol=1e-9, atol=1e-14 * scale)
+    np.testing.assert_allclose(
+        svd.left * svd.values @ svd.right,
+        expected.left * expected.values @ expected.right,
+        rtol=0,
+        atol=1e-9 * scale,
+    )
+    for vectors in (svd.left, svd.right.T):
+        used = vectors[:, svd.values > 0]
+        np.testing.assert_allclose(used.T @ used, np.eye(used.shape[1]), atol=1e-8)
+    first = svd_of_product(A, B, rank - 1)
+    np.testing.assert_array_equal(first.values, svd.values)
+    assert first.left.shape[1] == first.right.shape[0] == rank - 1
+
+
+def test_ordinary_factors_need_no_qr(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((2, 8, 40)), rng.standard_normal((2, 30, 8))
+    monkeypatch.setattr(np.linalg, "qr", None)
+    reorder_factors(A, B)
+    singular_values(A, B)
+    with pytest.raises(TypeError):  # a component twice
+        singular_values(np.concatenate([A, A], axis=1), np.concatenate([B, B], axis=2))

@@ -251,13 +251,13 @@ def _with_rank(lora: Lora, layer: Layer, rank: int) -> Layer:
         # float64, so that the result is rounded only once, when it is written.
         A = pad_end(factors.A, missing, axis=-2).astype(np.float64)
         B = pad_end(factors.B, missing, axis=-1).astype(np.float64)
-        A, B, values = reorder_factors(A, B)
+        A, B, values = reorder_factors(A, B, rank=rank)
         values = layer.scale * values
         errors = squared_tails(values)
         if factors.squared_errors is not None:
             # An SVD is orthogonal to the components that an earlier truncation dropped.
             errors = errors + factors.squared_errors[layer.rank]
-        return Factors(A[..., :rank, :], B[..., :rank], errors, values)
+        return Factors(A, B, errors, values)
 
     return layer.map(reorder_and_cut, rank=rank, kind="LoRA", has_new_factors=True)
 
