@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,49 @@ def flux() -> list[Module]:
     ]
 
 
+def chroma_guidance() -> list[Module]:
+    """Return the modules of Chroma that Flux does not have."""
+    layer = {"in_layer": "linear_1", "out_layer": "linear_2"}
+    guidance = "distilled_guidance_layer."
+    block = f"{guidance}layers.{{}}."
+    return [*rename(layer, block, block, 5), *same(["in_proj", "out_proj"], guidance)]
+
+
+def flux_2() -> list[Module]:
+    """Return the modules of Flux.2 and Flux.2 klein."""
+    num_double_blocks, num_single_blocks = 8, 48
+    double = {
+        "img_attn.proj": "attn.to_out.0",
+        "img_mlp.0": "ff.linear_in",
+        "img_mlp.2": "ff.linear_out",
+        "txt_attn.proj": "attn.to_add_out",
+        "txt_mlp.0": "ff_context.linear_in",
+        "txt_mlp.2": "ff_context.linear_out",
+    }
+    attention = "transformer_blocks.{}.attn"
+    single = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+    ends = {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "final_layer.linear": "proj_out",
+    }
+    return [
+        *rename(double, "double_blocks.{}.", "transformer_blocks.{}.", num_double_blocks),
+        fused_qkv("double_blocks.{}.img_attn.qkv", attention, QKV, num_double_blocks),
+        fused_qkv("double_blocks.{}.txt_attn.qkv", attention, ADDED_QKV, num_double_blocks),
+        *rename(single, "single_blocks.{}.", "single_transformer_blocks.{}.", num_single_blocks),
+        *rename(ends),
+        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+    ]
+
+
 # The first ones are what is left of the names of xlabs without `processor` and a final `lora`.
 FLUX_ALIASES = (
     Alias("double_blocks.{}.qkv_lora1", "double_blocks.{}.img_attn.qkv", (0, 1, 2)),
@@ -289,6 +334,31 @@ def z_image() -> list[Module]:
         "x_embedder": "all_x_embedder.2-1",
         "final_layer.linear": "all_final_layer.2-1.linear",
         "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    }
+    return [*modules, *rename(ends)]
+
+
+def lumina_2() -> list[Module]:
+    """Return the modules of Lumina Image 2."""
+    modules: list[Module] = []
+    for stack, num_blocks in {"layers": 26, "noise_refiner": 2, "context_refiner": 2}.items():
+        block = f"{stack}.{{}}."
+        names = {f"feed_forward.w{number}": f"feed_forward.linear_{number}" for number in (1, 2, 3)}
+        names["attention.out"] = "attn.to_out.0"
+        if stack != "context_refiner":
+            names["adaLN_modulation.1"] = "norm1.linear"
+        modules += rename(names, block, block, num_blocks)
+        splits = tuple(f"{block}attn.{name}" for name in QKV)
+        # A key and a value for three queries.
+        sizes = (1.0, 1 / 3, 1 / 3)
+        modules.append(Module(f"{block}attention.qkv", splits, sizes, num_blocks=num_blocks))
+    ends = {
+        "x_embedder": "x_embedder",
+        "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+        "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+        "final_layer.linear": "norm_out.linear_2",
     }
     return [*modules, *rename(ends)]
 
@@ -364,7 +434,7 @@ MODELS = (
     model(
         "Flux",
         "transformer",
-        flux(),
+        [*flux(), *chroma_guidance()],
         # The first prefix of a part is the one that is written.
         text_encoders(
             "clip_l",
@@ -379,6 +449,8 @@ MODELS = (
     model("Wan", "transformer", wan(), {}, widths=(1536, 5120)),
     model("Qwen-Image", "transformer", qwen_image(), {}, widths=(3072,)),
     model("Z-Image", "transformer", z_image(), {}, widths=(3840,)),
+    model("Flux.2", "transformer", flux_2(), {}, widths=(4096, 6144)),
+    model("Lumina Image 2", "transformer", lumina_2(), {}, widths=(2304,)),
 )
 """The models whose names are known. If a file fits several UNets, the first is taken."""
 
@@ -397,7 +469,9 @@ def to_json() -> str:
             "widths": json.dumps(sorted(model.widths)),
             "text_encoders": json.dumps(dict(model.text_encoders)),
             "aliases": one_per_line([alias._asdict() for alias in model.aliases]),
-            "modules": one_per_line([module_fields(module) for module in model.modules]),
+            "modules": one_per_line(
+                [module_fields(module, ratios(model, module)) for module in model.modules]
+            ),
         }
         lines = ",\n".join(f'  "{name}": {value}' for name, value in fields.items())
         models.append(f"{{\n{lines}\n}}")
@@ -413,13 +487,15 @@ def one_per_line(entries: list[dict[str, Any]]) -> str:
     return "[" + ",".join(f"\n    {json.dumps(entry)}" for entry in entries) + "]"
 
 
-def module_fields(module: Module) -> dict[str, Any]:
+def module_fields(module: Module, ratios: Sequence[float] = ()) -> dict[str, Any]:
     """Return the fields of a module that differ from their defaults."""
     fields: dict[str, Any] = {"authors": module.authors}
     if module.diffusers != (module.authors,):
         fields["diffusers"] = module.diffusers
     if len(module.sizes) > 1:
         fields["sizes"] = module.sizes
+    if ratios:
+        fields["ratios"] = ratios
     if module.swaps_halves:
         fields["swaps_halves"] = True
     if module.num_blocks > 1:
@@ -439,21 +515,31 @@ SDXL_CONFIG = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Stable Diffusion 1 and 2": ("UNet2DConditionModel", {"cross_attention_dim": 768}),
-    "SDXL": ("UNet2DConditionModel", SDXL_CONFIG),
+CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "Stable Diffusion 1 and 2": [("UNet2DConditionModel", {"cross_attention_dim": 768})],
+    "SDXL": [("UNet2DConditionModel", SDXL_CONFIG)],
     # 3.5 large has the largest number of blocks, and 3.5 medium has the second attention.
-    "Stable Diffusion 3": (
-        "SD3Transformer2DModel",
-        {"num_layers": 38, "dual_attention_layers": tuple(range(13))},
-    ),
-    "Flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    # With the modules for the image in image-to-video.
-    "Wan": ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120}),
-    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
-    "Z-Image": ("ZImageTransformer2DModel", {}),
+    "Stable Diffusion 3": [
+        (
+            "SD3Transformer2DModel",
+            {"num_layers": 38, "dual_attention_layers": tuple(range(13))},
+        )
+    ],
+    "Flux": [
+        ("FluxTransformer2DModel", {"guidance_embeds": True}),
+        ("ChromaTransformer2DModel", {}),
+    ],
+    # The first one with the modules for the image in image-to-video.
+    "Wan": [
+        ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120}),
+        ("WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960}),
+    ],
+    "Qwen-Image": [("QwenImageTransformer2DModel", {})],
+    "Z-Image": [("ZImageTransformer2DModel", {})],
+    "Flux.2": [("Flux2Transformer2DModel", {})],
+    "Lumina Image 2": [("Lumina2Transformer2DModel", {})],
 }
-"""The class of each model in diffusers, and the arguments of the largest version."""
+"""The classes of each model in diffusers, and the arguments of versions of different shapes."""
 
 # The table has a shortcut for each ResNet, and an adaLN for each stack. diffusers has a shortcut
 # where the number of channels changes, and no adaLN in the context refiner.
@@ -476,13 +562,45 @@ class Check:
 
 
 def check_diffusers(model: Model) -> Check:
-    """Compare the names of a model with its class in diffusers, which needs no weights."""
+    """Compare the names of a model with its classes in diffusers."""
+    shapes: dict[str, torch.Size] = {}
+    for version in versions(model):
+        shapes |= version
+    return compare(model.modules, shapes)
+
+
+@cache
+def versions(model: Model) -> list[dict[str, torch.Size]]:
+    """Return the shapes of the weights of the versions of a model, which needs no weights."""
     import diffusers
 
-    class_name, arguments = CLASSES[model.name]
-    with torch.device("meta"):
-        instance = getattr(diffusers, class_name)(**arguments)
-    return compare(model.modules, weight_shapes(instance))
+    shapes: list[dict[str, torch.Size]] = []
+    for class_name, arguments in CLASSES.get(model.name, []):
+        with torch.device("meta"):
+            shapes.append(weight_shapes(getattr(diffusers, class_name)(**arguments)))
+    return shapes
+
+
+def ratios(model: Model, module: Module) -> list[float]:
+    """Return the possible ratios of rows to inputs of a module in a block of a transformer.
+
+    They are empty for a fused module, which has `Module.sizes`, and if versions of the model
+    differ.
+    """
+    if model.part == "unet" or module.num_blocks == 1 or len(module.diffusers) > 1:
+        return []
+    (name,) = module.diffusers
+    by_version: list[set[float]] = []
+    for shapes in versions(model):
+        names = [name.replace("{}", str(block)) for block in range(module.num_blocks)]
+        found = [shapes[name] for name in names if name in shapes]
+        # The width of an embedding of the time or of a prompt does not follow the model's width.
+        width = Counter(shape[1] for shape in shapes.values()).most_common(1)[0][0]
+        if found and all(shape[1] % width == 0 for shape in found):
+            by_version.append({round(shape[0] / shape[1], 6) for shape in found})
+    if any(values != by_version[0] for values in by_version):
+        return []
+    return sorted(by_version[0]) if by_version else []
 
 
 def check_text_encoders() -> Check:
@@ -527,7 +645,7 @@ def compare(modules: Iterable[Module], shapes: Mapping[str, torch.Size]) -> Chec
             known.update(names)
             if len(module.sizes) > 1:
                 check.wrong_sizes.extend(
-                    name for name in names if shapes[name][0] != size * shapes[name][1]
+                    name for name in names if shapes[name][0] != round(size * shapes[name][1])
                 )
     missing = {re.sub(r"(?<=\.)\d+(?=\.)", "{}", name) for name in shapes.keys() - known}
     check.missing.extend(sorted(missing))

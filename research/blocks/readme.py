@@ -70,8 +70,8 @@ def readme_findings() -> str:
     file = read("benchmarks/results/reorder.json")["whole file, R = 64"]
     sentences = [
         "* **Shrinking** a file of random factors in Flux's shapes from "
-        f"{file['bytes_before'] / 1e6:.0f} to {file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, "
-        f"takes {file['cpu_seconds']:.0f} seconds of CPU time. "
+        f"{file['read']['bytes'] / 1e6:.0f} to {file['rank']['bytes'] / 1e6:.0f} MB, rank 64 to "
+        f"8, takes {file['rank']['cpu_seconds']:.0f} seconds of CPU time. "
         "[Other tools](docs/performance.md#files).",
         "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
         f"means at the ranks 1 and 2, in points: {minus_squeezed[0]}. Of version 0.4:",

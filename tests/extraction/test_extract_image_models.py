@@ -35,10 +35,10 @@ MODELS: dict[str, dict[str, tuple[tuple[int, int], Names, Names]]] = {
             },
             {"lora_unet_double_blocks_0_img_attn_qkv": ALL},
         ),
-        "time_in.in_layer": (
+        "vector_in.in_layer": (
             (10, 8),
-            {"transformer.time_text_embed.timestep_embedder.linear_1": ALL},
-            {"lora_unet_time_in_in_layer": ALL},
+            {"transformer.time_text_embed.text_embedder.linear_1": ALL},
+            {"lora_unet_vector_in_in_layer": ALL},
         ),
     },
     "wan": {
@@ -67,7 +67,7 @@ MODELS: dict[str, dict[str, tuple[tuple[int, int], Names, Names]]] = {
             {"lora_unet_transformer_blocks_0_attn_to_q": ALL},
         ),
         "transformer_blocks.0.img_mlp.net.2": (
-            (10, 8),
+            (8, 32),
             {"transformer.transformer_blocks.0.img_mlp.net.2": ALL},
             {"lora_unet_transformer_blocks_0_img_mlp_net_2": ALL},
         ),

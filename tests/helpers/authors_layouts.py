@@ -183,9 +183,9 @@ def z_image(h: int) -> Layout:
     for block in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.1"):
         shapes[f"{block}.attention.qkv"] = (3 * h, h)
         shapes[f"{block}.attention.out"] = (h, h)
-        shapes[f"{block}.feed_forward.w1"] = (4 * h, h)
-        shapes[f"{block}.feed_forward.w2"] = (h, 4 * h)
-        shapes[f"{block}.feed_forward.w3"] = (4 * h, h)
+        shapes[f"{block}.feed_forward.w1"] = (8 * h // 3, h)
+        shapes[f"{block}.feed_forward.w2"] = (h, 8 * h // 3)
+        shapes[f"{block}.feed_forward.w3"] = (8 * h // 3, h)
         if not block.startswith("context"):
             shapes[f"{block}.adaLN_modulation.0"] = (4 * h, h)
     return shapes

@@ -170,9 +170,17 @@ ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
         ({ATTENTION: (6, 6)}, "kohya", "several models"),
         # Flux and Qwen-Image have this width.
         ({ATTENTION: (3072, 3072)}, "kohya", "several models"),
-        # Lumina 2 has fewer keys than queries.
-        ({QKV: (10, 6)}, "diffusers", "rows"),
-        ({QKV: (18, 6, 1, 1)}, "diffusers", "rows"),
+        ({QKV: (12, 6)}, "diffusers", "rows"),
+        ({QKV: (18, 6, 1, 1)}, "diffusers", "several models"),
+        # Rows of Flux.2, whose MLP has a gate, with a name that only Flux has.
+        (
+            {
+                "lora_unet_double_blocks_0_img_mlp_0": (36, 6),
+                "lora_unet_double_blocks_0_img_mod_lin": (36, 6),
+            },
+            "diffusers",
+            "not its shapes",
+        ),
         (
             {QKV: (18, 6), "diffusion_model.layers.0.attention.to_q": (6, 6)},
             "diffusers",
@@ -182,7 +190,7 @@ ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
         ({SPLITS[0]: (6, 6), SPLITS[1]: (7, 7)}, "kohya", "widths"),
         ({SPLITS[0]: (5, 6)}, "kohya", "rows"),
         (
-            {"lora_unet_double_blocks_0_img_mlp_0": (6, 6), "lora_te1_other": (6, 6)},
+            {"lora_unet_double_blocks_0_img_mlp_0": (24, 6), "lora_te1_other": (6, 6)},
             "diffusers",
             "lora_te1_other",
         ),
@@ -205,6 +213,35 @@ def test_the_width_of_the_inputs_tells_models_with_common_names_apart() -> None:
     (layer,) = convert(random_lora({ATTENTION: (1536, 1536)}), "kohya").layers
     assert layer.name == "lora_unet_joint_blocks_0_x_block_attn_qkv"
     assert layer.shape_B == (3 * 1536, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("double_blocks.0.img_mlp.0", (24, 6), ["transformer_blocks.0.ff.net.0.proj"]),
+        ("double_blocks.0.img_mlp.0", (36, 6), ["transformer_blocks.0.ff.linear_in"]),
+        ("single_blocks.3.linear1", (54, 6), ["single_transformer_blocks.3.attn.to_qkv_mlp_proj"]),
+        ("single_blocks.3.linear2", (6, 24), ["single_transformer_blocks.3.attn.to_out"]),
+        ("layers.0.feed_forward.w1", (16, 6), ["layers.0.feed_forward.w1"]),
+        ("layers.0.feed_forward.w1", (24, 6), ["layers.0.feed_forward.linear_1"]),
+        (
+            "layers.0.attention.qkv",
+            (10, 6),
+            [f"layers.0.attn.{name}" for name in ("to_k", "to_q", "to_v")],
+        ),
+        (
+            "distilled_guidance_layer.layers.0.in_layer",
+            (6, 6),
+            ["distilled_guidance_layer.layers.0.linear_1"],
+        ),
+    ],
+)
+def test_the_rows_tell_models_with_the_same_names_apart(
+    name: str, shape: tuple[int, int], expected: list[str]
+) -> None:
+    """A file of a single layer: Flux and Flux.2, Z-Image and Lumina Image 2, and Chroma."""
+    converted = convert(random_lora({f"diffusion_model.{name}": shape}), "diffusers")
+    assert names_of(converted) == [f"transformer.{name}" for name in expected]
 
 
 def test_the_model_does_not_matter_where_its_names_stay() -> None:
@@ -282,18 +319,19 @@ def test_factors_that_are_not_finite_are_refused_where_the_ranks_depend_on_them(
 
 
 def test_only_renamed_layers_keep_their_order() -> None:
-    names = ["lora_unet_double_blocks_0_img_mlp_0", "lora_unet_double_blocks_0_img_mlp_2"]
-    renamed = random_lora(dict.fromkeys(names, (6, 6)), keys="kohya", has_alpha=True).truncate(2)
+    names = ["lora_unet_double_blocks_0_img_mlp_0", "lora_unet_single_blocks_0_modulation_lin"]
+    shapes_by_name = {names[0]: (24, 6), names[1]: (18, 6)}
+    renamed = random_lora(shapes_by_name, keys="kohya", has_alpha=True).truncate(2)
     assert convert(renamed, "diffusers").order == "svd"
     for shapes in ({FLUX_QKV: (18, 6)}, {"lora_unet_final_layer_adaLN_modulation_1": (12, 6)}):
-        lora = random_lora({**dict.fromkeys(names, (6, 6)), **shapes}, keys="kohya").truncate(2)
+        lora = random_lora({**shapes_by_name, **shapes}, keys="kohya").truncate(2)
         assert convert(lora, "diffusers").order is None
 
 
 @pytest.mark.parametrize("key_format", ["diffusers", "kohya"])
 def test_the_error_of_a_truncation_stays_the_same(key_format: KeyFormat) -> None:
     if key_format == "diffusers":
-        shapes = {FLUX_QKV: (18, 6), "lora_unet_double_blocks_0_img_mlp_0": (6, 6)}
+        shapes = {FLUX_QKV: (18, 6), "lora_unet_double_blocks_0_img_mlp_0": (24, 6)}
     else:
         shapes = dict.fromkeys(SPLITS, (6, 6))
     truncated = random_lora(shapes, keys="kohya", has_alpha=True).truncate(1)

@@ -422,13 +422,13 @@ INCOMPATIBLE_FILES = {
         "lora_transformer_transformer_blocks_0.*lora_unet_double_blocks_0",
     ),
     "Flux and Wan": (
-        factors("lora_unet_double_blocks_0_img_mlp_0"),
+        factors("lora_unet_vector_in_in_layer"),
         factors("lora_unet_blocks_0_ffn_0"),
         "different models: Wan, and Flux",
     ),
     "a layer without a name in the other format": (
-        factors("lora_unet_double_blocks_0_img_mlp_0", "lora_te1_x"),
-        factors("transformer.single_transformer_blocks.0.proj_out"),
+        factors("lora_unet_vector_in_in_layer", "lora_te1_x"),
+        factors("transformer.time_text_embed.text_embedder.linear_1"),
         "lora_te1_x",
     ),
     "two prefixes": (

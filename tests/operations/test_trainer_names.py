@@ -233,8 +233,24 @@ FILES: dict[str, File] = {
 all_files = pytest.mark.parametrize("name", FILES)
 
 
+RATIOS = {
+    "proj_mlp": 4.0,
+    "single_transformer_blocks.37.proj_out": 1 / 5,
+    "ff.net.0.proj": 4.0,
+    "ff_context.net.0.proj": 4.0,
+    "mlp.net.2": 1 / 4,
+    "feed_forward.w1": 8 / 3,
+}
+"""The rows of modules in multiples of their inputs, where they are not 1."""
+
+
+def shape_of(module: str) -> tuple[int, int]:
+    ratio = next((value for name, value in RATIOS.items() if module.endswith(name)), 1.0)
+    return round(max(1.0, ratio) * WIDTH), round(WIDTH / min(1.0, ratio))
+
+
 def num_rows(module: str) -> int:
-    return 4 * WIDTH if module.endswith("proj_mlp") else WIDTH
+    return shape_of(module)[0]
 
 
 @pytest.fixture
@@ -242,7 +258,10 @@ def source(name: str, tmp_path: Path) -> Path:
     """A file with the names of a trainer, mixed ranks and mixed alphas."""
     file = FILES[name]
     path = tmp_path / "source.safetensors"
-    shapes = {layer: (sum(map(num_rows, modules)), WIDTH) for layer, modules in file.layers.items()}
+    shapes = {
+        layer: (sum(map(num_rows, modules)), shape_of(modules[0])[1])
+        for layer, modules in file.layers.items()
+    }
     save_random_lora(path, shapes, has_alpha=file.has_alpha)
     written = SUFFIXES["kohya" if file.has_alpha else "diffusers"]
     tensors: dict[str, torch.Tensor] = {}

@@ -114,6 +114,32 @@ def create_z_image() -> nn.Module:
     )
 
 
+def create_flux_2() -> nn.Module:
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+
+
+def create_lumina_2() -> nn.Module:
+    return diffusers.Lumina2Transformer2DModel(
+        in_channels=4,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 8),
+        cap_feat_dim=12,
+    )
+
+
 MODELS = {
     "sdxl": Model("StableDiffusionXLLoraLoaderMixin", create_sdxl, "unet", "lora_unet_"),
     "sd3": Model("SD3LoraLoaderMixin", create_sd3),
@@ -126,6 +152,9 @@ MODELS = {
     "wan": Model("WanLoraLoaderMixin", create_wan, read_prefix="lora_unet_blocks_"),
     "qwen": Model("QwenImageLoraLoaderMixin", create_qwen, read_prefix="lora_unet_"),
     "z-image": Model("ZImageLoraLoaderMixin", create_z_image, read_prefix="lora_unet_layers_"),
+    # diffusers reads the keys of kohya for Flux.2, but not those of its embedders.
+    "flux.2": Model("Flux2LoraLoaderMixin", create_flux_2, read_prefix="lora_unet_double_blocks_"),
+    "lumina-2": Model("Lumina2LoraLoaderMixin", create_lumina_2),
 }
 
 

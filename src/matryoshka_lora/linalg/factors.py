@@ -62,7 +62,7 @@ def svd_of_product(A: Array, B: Array, rank: int | None = None) -> SVD:
     """
     # float64, because the product of two float32 factors needs more digits than float32, and the
     # SVD of a near-degenerate core would mix columns.
-    A, B = A.astype(np.float64), B.astype(np.float64)
+    A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
     r_in, r_out = _cholesky_triangle(A), _cholesky_triangle(B.mT)
     if r_in is not None and r_out is not None:
         u, s, vh = np.linalg.svd(r_out @ r_in.mT)
@@ -166,7 +166,7 @@ def singular_values(A: Array, B: Array) -> Float64Array:
 
     `reorder_factors` returns the same values, but takes longer.
     """
-    A, B = A.astype(np.float64), B.astype(np.float64)
+    A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
     r_in, r_out = _cholesky_triangle(A), _cholesky_triangle(B.mT)
     if r_in is None or r_out is None:
         # NumPy's type stubs know only the result of mode="reduced".

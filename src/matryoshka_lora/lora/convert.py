@@ -33,6 +33,7 @@ from matryoshka_lora.lora.keys import (
     find_models,
     find_module,
     find_modules,
+    has_layer,
     is_text_encoder,
     names_in_file,
     names_in_format,
@@ -120,7 +121,7 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
             f"{lora.name} contains {short(key)}, which is not a factor and cannot be renamed. "
             "Omit `key_format`."
         )
-    models = find_models(_layer_names(lora))
+    models = _find_models(lora)
     if models:
         candidates = {model: names_in_format(model, key_format) for model in models}
         model = _choose_model(candidates, lora.layers, lora.name)
@@ -129,6 +130,7 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
             _check_one_part(lora, {target.part for target in targets.values()})
         layers = _convert_layers(lora, model, candidates[model], _STYLES[key_format])
     else:
+        _check_shapes(lora)
         layers = _rename_layers(lora, key_format)
     if key_format == "kohya" and layers != lora.layers:
         # The alphas are new. diffusers needs the same one in all layers, which the format chooses.
@@ -141,6 +143,19 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     if set(converted.metadata) - {"format", CONFIGS_KEY}:
         notes += ("A PEFT folder has no place for the metadata of the file, such as its title.",)
     return replace(converted, container="peft", config=config, metadata={}, notes=notes)
+
+
+def _check_shapes(lora: Lora) -> None:
+    """Raise MatryoshkaError if a model has the names of all layers, but other shapes."""
+    for model in find_models(_layer_names(lora)):
+        for layer in lora.layers:
+            if not has_layer(model, layer.name, lora.rows_per_input.get(layer.name)):
+                raise MatryoshkaError(
+                    f"{lora.name} has the names of {model.name}, but not its shapes: "
+                    f"{short(layer.name)} has {layer.out_features} rows for {layer.in_shape[0]} "
+                    "inputs. It is for another model, whose names are not known. Keep the keys as "
+                    "they are."
+                )
 
 
 def part_of_pipeline(lora: Lora) -> str | None:
@@ -209,7 +224,7 @@ def match_key_formats(loras: Sequence[Lora]) -> list[Lora]:
     for lora in loras:
         _check_is_single_file(lora)
     first = loras[0]
-    models_by_lora = [find_models(_layer_names(lora)) for lora in loras]
+    models_by_lora = [_find_models(lora) for lora in loras]
     first_models = models_by_lora[0]
     for lora, models in zip(loras, models_by_lora, strict=True):
         if models and first_models and not set(models) & set(first_models):
@@ -275,6 +290,11 @@ def _rename_weight_changes(lora: Lora, model: Model, names: LayerNames) -> Lora:
 
 def _layer_names(lora: Lora) -> list[str]:
     return [layer.name for layer in lora.layers]
+
+
+def _find_models(lora: Lora) -> list[Model]:
+    """Return the models that a LoRA may be for, by the names and the shapes of its layers."""
+    return find_models(_layer_names(lora), lora.rows_per_input)
 
 
 def _check_is_single_file(lora: Lora) -> None:
@@ -459,7 +479,7 @@ def fuse_layers(members: Sequence[tuple[Layer, TargetModule]]) -> Layer:
         _check_rows(layer, target)
     width = first.in_shape[0]
     module_rows = _rows_of_splits(module, range(len(module.sizes)), width)
-    num_rows = sum(module.sizes) * width
+    num_rows = round(sum(module.sizes) * width)
     scale = max(layer.scale for layer in layers)
     first_A = first.read().A
     has_common_A = all(
@@ -517,7 +537,7 @@ def _fused_errors(
 
 def _check_rows(layer: Layer, target: TargetModule) -> None:
     """Raise MatryoshkaError if a layer is a convolution, or has another number of rows."""
-    num_rows = sum(target.module.sizes[split] for split in target.splits) * layer.in_shape[0]
+    num_rows = round(sum(target.module.sizes[split] for split in target.splits) * layer.in_shape[0])
     if len(layer.in_shape) != 1 or layer.out_features != num_rows:
         raise MatryoshkaError(
             f"{short(layer.name)} has factors of the shapes {list(layer.shape_A)} and "
@@ -531,7 +551,7 @@ def _rows_of_splits(module: Module, splits: Sequence[int], width: int) -> dict[i
     rows: dict[int, slice] = {}
     start = 0
     for split in splits:
-        stop = start + module.sizes[split] * width
+        stop = start + round(module.sizes[split] * width)
         rows[split] = slice(start, stop)
         start = stop
     return rows

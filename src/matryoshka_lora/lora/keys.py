@@ -8,6 +8,7 @@ names. ``tools/key_tables.py`` generates it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ _TEXT_ENCODER_PREFIXES = {
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?[_.]")
 # The names of all known modules are shorter. Longer ones may hold numbers of thousands of digits.
 _MAX_NAME_LENGTH = 200
+# Widths are rounded to multiples, such as 256.
+_RATIO_TOLERANCE = 0.05
 # Old names of diffusers: attn1.processor.to_q_lora, mlp.fc1.lora_linear_layer.
 _OLD_ENDINGS = re.compile(r"_processor(?=_)|_lora(_linear_layer)?$")
 _OLD_CLIP_PROJECTION = re.compile(r"(?<=_self_attn_)to_(q|k|v|out)(_0)?$")
@@ -118,6 +121,8 @@ class Module:
         authors: Its name in the original checkpoint.
         diffusers: Its name in diffusers; of a fused module, the names of its splits in order.
         sizes: The number of rows of each split, in multiples of the number of inputs.
+        ratios: Of a module that is not fused, the possible numbers of rows in multiples of the
+            number of inputs. Empty if they differ between the versions of the model.
         swaps_halves: Whether a weight with twice as many rows as inputs, shift and scale, has its
             halves in the other order in diffusers.
         num_blocks: The number of blocks in the largest version of the model.
@@ -125,7 +130,8 @@ class Module:
 
     authors: str
     diffusers: tuple[str, ...]
-    sizes: tuple[int, ...] = (1,)
+    sizes: tuple[float, ...] = (1,)
+    ratios: tuple[float, ...] = ()
     swaps_halves: bool = False
     num_blocks: int = 1
 
@@ -249,6 +255,7 @@ def _load_modules(entries: Iterable[Mapping[str, Any]]) -> tuple[Module, ...]:
             authors=entry["authors"],
             diffusers=tuple(entry.get("diffusers", [entry["authors"]])),
             sizes=tuple(entry.get("sizes", [1])),
+            ratios=tuple(entry.get("ratios", [])),
             swaps_halves=entry.get("swaps_halves", False),
             num_blocks=entry.get("num_blocks", 1),
         )
@@ -261,23 +268,42 @@ def is_text_encoder(name: str) -> bool:
     return _TEXT_ENCODER.match(name) is not None
 
 
-def find_models(names: Sequence[str]) -> list[Model]:
+def find_models(names: Sequence[str], ratios: Mapping[str, float] | None = None) -> list[Model]:
     """Return the models that have a module for each layer of a file.
 
     If no model has the text encoders of the file, only its other layers count.
 
     Args:
         names: The names of the layers.
+        ratios: The number of rows of each layer by its name, in multiples of its number of inputs.
+            Models with the same names, such as Flux and Flux.2, differ in them.
     """
+    ratios = ratios or {}
     text_names = [name for name in names if is_text_encoder(name)]
     image_names = [name for name in names if not is_text_encoder(name)] or names
     models = [
-        model for model in load_models() if all(find_module(name, model) for name in image_names)
+        model
+        for model in load_models()
+        if all(has_layer(model, name, ratios.get(name)) for name in image_names)
     ]
     with_text_encoders = [
         model for model in models if all(find_module(name, model) for name in text_names)
     ]
     return with_text_encoders or models
+
+
+def has_layer(model: Model, name: str, ratio: float | None) -> bool:
+    """Return whether a model has a module of this name, and of this ratio of rows to inputs."""
+    target = find_module(name, model)
+    if target is None or ratio is None:
+        return target is not None
+    module = target.module
+    expected = module.ratios
+    if len(module.sizes) > 1:
+        expected = (sum(module.sizes[split] for split in target.splits),)
+    return not expected or any(
+        math.isclose(ratio, value, rel_tol=_RATIO_TOLERANCE) for value in expected
+    )
 
 
 def find_modules(names: Iterable[str], model: Model) -> dict[str, TargetModule]:
@@ -326,13 +352,16 @@ def _candidates(module_name: str, is_for_text: bool) -> list[tuple[str, str]]:
         flat = _OLD_CLIP_PROJECTION.sub(r"\1_proj", flat)
         if flat.startswith("encoder_layers_"):  # as transformers 5 names them
             flat = f"text_model_{flat}"
-    elif flat.endswith("_to_out"):
-        flat += "_0"
-    candidates = [(flat, "")]
-    if len(flat) < _MAX_NAME_LENGTH:
-        for number in re.finditer(r"[0-9]+", flat):
-            before, after = flat[: number.start()], flat[number.end() :]
-            candidates.append((f"{before}{{}}{after}", number[0]))
+    names = [flat]
+    if not is_for_text and flat.endswith("_to_out"):  # an old name, except of Flux.2
+        names.append(f"{flat}_0")
+    candidates: list[tuple[str, str]] = []
+    for name in names:
+        candidates.append((name, ""))
+        if len(name) < _MAX_NAME_LENGTH:
+            for number in re.finditer(r"[0-9]+", name):
+                before, after = name[: number.start()], name[number.end() :]
+                candidates.append((f"{before}{{}}{after}", number[0]))
     return candidates
 
 

@@ -94,6 +94,15 @@ class Lora:
         return {layer.name: layer.rank for layer in self.layers}
 
     @property
+    def rows_per_input(self) -> dict[str, float]:
+        """The outputs of each linear layer by its name, in multiples of its number of inputs."""
+        return {
+            layer.name: layer.out_features / layer.in_shape[0]
+            for layer in self.layers
+            if len(layer.in_shape) == 1
+        }
+
+    @property
     def nested_ranks(self) -> tuple[int, ...]:
         """The nested ranks; 1, 2, 4, ... R if the adapter is not nested."""
         return (self.nesting or Nesting.powers_of_two(self.max_rank)).ranks

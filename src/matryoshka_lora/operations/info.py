@@ -155,7 +155,12 @@ class LoraInfo:
         """The image and video models that have the layers of a single file."""
         if self.lora.container == "peft":
             return []
-        return [model.name for model in find_models([layer.name for layer in self.lora.layers])]
+        return [
+            model.name
+            for model in find_models(
+                [layer.name for layer in self.lora.layers], self.lora.rows_per_input
+            )
+        ]
 
     @property
     def layers_by_kind(self) -> dict[str, int]:
