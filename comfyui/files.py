@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.lora.keys import CONFIGS_KEY
 from matryoshka_lora.units import format_size
 
 SUFFIX = ".safetensors"
@@ -23,6 +26,19 @@ def lora_names() -> list[str]:
 def source_path(name: str) -> Path:
     """Return the path of a file of the dropdown."""
     return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def open_as_loaded(name: str) -> ml.Lora:
+    """Return a file of the dropdown with the scales that ComfyUI's loaders apply.
+
+    They read the alpha of a layer from a tensor, and ignore the one in diffusers' metadata.
+    """
+    lora = ml.open(source_path(name))
+    layers = tuple(
+        layer if layer.keys.alpha else replace(layer, scale=1.0) for layer in lora.layers
+    )
+    metadata = {key: value for key, value in lora.metadata.items() if key != CONFIGS_KEY}
+    return replace(lora, layers=layers, metadata=metadata)
 
 
 def modification_times(names: Iterable[str]) -> tuple[int, ...]:

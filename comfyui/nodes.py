@@ -17,9 +17,9 @@ from .files import (
     format_ranks,
     lora_names,
     modification_times,
+    open_as_loaded,
     output_path,
     report_saved,
-    source_path,
 )
 from .patches import collect_loras
 
@@ -127,7 +127,7 @@ class MatryoshkaShrinkLora:
         overwrite: bool,
     ) -> dict[str, Any]:
         path = output_path(filename, overwrite)
-        lora = ml.open(source_path(lora_name))
+        lora = open_as_loaded(lora_name)
         result = ml.export(
             lora,
             path,
@@ -180,7 +180,7 @@ class MatryoshkaCombineLoras:
         filename: str,
         overwrite: bool,
     ) -> dict[str, Any]:
-        sources = [source_path(lora_name_1), source_path(lora_name_2)]
+        sources = [open_as_loaded(lora_name_1), open_as_loaded(lora_name_2)]
         path = output_path(filename, overwrite)
         weights = [weight_1, weight_2]
         result = ml.combine(sources, path, weights, rank or "sum", force=overwrite)
@@ -277,7 +277,7 @@ class MatryoshkaLoadLoraAtRank:
         strength_clip: float,
         clip: Any = None,
     ) -> dict[str, Any]:
-        lora = ml.open(source_path(lora_name))
+        lora = open_as_loaded(lora_name)
         small = lora.at_rank(min(rank, lora.max_rank))
         parent = folder_paths.get_temp_directory()
         os.makedirs(parent, exist_ok=True)

@@ -5,6 +5,7 @@ COMFYUI_PATH is a checkout of ComfyUI, and COMFYUI_PYTHON an interpreter with it
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -213,6 +214,46 @@ def test_combine_is_the_weighted_sum(server: ComfyServer) -> None:
     server.text_of(graph, "combine")
     expected = {name: best_matrix(update, 3) for name, update in expected.items()}
     assert_changed_by(loaded_weights(server, "wan", "sum"), base_weights(server, "wan"), expected)
+
+
+def test_an_alpha_in_the_metadata_is_ignored_as_in_loaders(server: ComfyServer) -> None:
+    """diffusers writes it there. The nodes save what ComfyUI's own loader does with the file."""
+    generator = np.random.default_rng(8)
+    tensors: Tensors = {}
+    config: dict[str, Any] = {"transformer.r": RANK, "transformer.lora_alpha": 1.5}
+    for name in ("blocks.0.self_attn.q", "blocks.0.ffn.0"):
+        A, B = random_pair(generator, WAN_SHAPES[name])
+        key = f"diffusion_model.{name}"
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A, B
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
+    save_file(tensors, server.loras / "metadata.safetensors", metadata)
+    expected = loaded_weights(server, "wan", "metadata")
+    inputs = {"filename": "whole", "overwrite": True}
+    combine = node(
+        "MatryoshkaCombineLoras",
+        lora_name_1="metadata.safetensors",
+        weight_1=0.5,
+        lora_name_2="metadata.safetensors",
+        weight_2=0.5,
+        rank=RANK,
+        **inputs,
+    )
+    server.text_of({"combine": combine}, "combine")
+    weights = loaded_weights(server, "wan", "whole")
+    for key, weight in expected.items():
+        np.testing.assert_allclose(weights[key], weight, atol=2e-3)
+    graph = load_model("wan")
+    graph["lora"] = node(
+        "MatryoshkaLoadLoraAtRank",
+        model=["model", 0],
+        lora_name="metadata.safetensors",
+        rank=RANK,
+        strength_model=1.0,
+        strength_clip=1.0,
+    )
+    weights = server.weights_of(graph, ["lora", 0], "loaded-at-rank")
+    for key, weight in expected.items():
+        np.testing.assert_allclose(weights[key], weight, atol=2e-3)
 
 
 # MatryoshkaSaveLoraStack
@@ -430,10 +471,14 @@ def test_files_are_replaced_on_request_only(server: ComfyServer) -> None:
     write_kohya(server.loras / "kept.safetensors", WAN_SHAPES, seed=11)
     path = server.loras / "precious.safetensors"
     path.write_bytes(b"precious")
-    assert "overwrite" in server.error_of(shrink("kept", "rank", "precious"))
-    assert path.read_bytes() == b"precious"
-    server.text_of(shrink("kept", "rank", "precious", overwrite=True), "shrink")
-    assert len(load_file(path)) == 3 * len(WAN_SHAPES)
+    for overwrite in (False, True):  # the file of another program stays
+        graph = shrink("kept", "rank", "precious", overwrite=overwrite)
+        assert "precious" in server.error_of(graph)
+        assert path.read_bytes() == b"precious"
+    server.text_of(shrink("kept", "rank", "own"), "shrink")
+    assert "overwrite" in server.error_of(shrink("kept", "error", "own"))
+    server.text_of(shrink("kept", "error", "own", overwrite=True), "shrink")
+    assert len(load_file(server.loras / "own.safetensors")) == 3 * len(WAN_SHAPES)
 
 
 @pytest.mark.parametrize("filename", ["../escaped", "a/../../escaped", "/tmp/escaped", "", ".."])

@@ -21,6 +21,18 @@ FLUX: dict[str, Any] = {
     "qkv_bias": True,
     "guidance_embed": True,
 }
+FLUX_2: dict[str, Any] = {
+    **FLUX,
+    "image_model": "flux2",
+    "vec_in_dim": None,
+    "axes_dim": [4, 4, 4, 4],
+    "mlp_ratio": 3.0,
+    "patch_size": 1,
+    "qkv_bias": False,
+    "ops_bias": False,
+    "global_modulation": True,
+    "mlp_silu_act": True,
+}
 WAN: dict[str, Any] = {
     "image_model": "wan2.1",
     "dim": 48,

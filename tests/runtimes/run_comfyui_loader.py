@@ -27,7 +27,7 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.lora_convert  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
-from helpers.comfyui_configs import FLUX, QWEN, WAN  # noqa: E402
+from helpers.comfyui_configs import FLUX, FLUX_2, QWEN, WAN  # noqa: E402
 
 UNET = {
     "image_size": 32,
@@ -86,6 +86,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "flux": ("Flux", FLUX),
+    "flux.2": ("Flux2", FLUX_2),
     "wan": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
     "qwen": ("QwenImage", QWEN),
     # The layers of Z-Image are those of Lumina 2 with as many keys as queries.
@@ -95,13 +96,30 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "image_model": "lumina2",
             "patch_size": 2,
             "in_channels": 16,
-            "dim": 48,
+            "dim": 96,
+            "ffn_dim_multiplier": 8 / 3,
             "cap_feat_dim": 24,
             "n_layers": 2,
-            "n_heads": 2,
-            "n_kv_heads": 2,
+            "n_heads": 4,
+            "n_kv_heads": 4,
             "qk_norm": True,
             "axes_dims": [8, 8, 8],
+            "axes_lens": [8, 8, 8],
+        },
+    ),
+    "lumina-2": (
+        "Lumina2",
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 192,
+            "cap_feat_dim": 24,
+            "n_layers": 2,
+            "n_heads": 6,
+            "n_kv_heads": 2,
+            "qk_norm": True,
+            "axes_dims": [16, 8, 8],
             "axes_lens": [8, 8, 8],
         },
     ),

@@ -29,7 +29,7 @@ pytestmark = [
     ),
 ]
 
-MODELS = ("sd15", "sdxl", "sd3", "flux", "wan", "qwen", "z-image")
+MODELS = ("sd15", "sdxl", "sd3", "flux", "flux.2", "wan", "qwen", "z-image", "lumina-2")
 # ComfyUI 0.3.64 reads diffusers' names of these models.
 READ_WITH_DIFFUSERS_NAMES = ("sd3", "flux", "qwen")
 WRITTEN_FROM_FOLDERS = ("sd15", "sdxl", *READ_WITH_DIFFUSERS_NAMES)

@@ -352,7 +352,7 @@ def export(
     result = run_export(
         lora, output, rank_or_ranks, format, revision=revision, alpha=alpha, **options
     )
-    typer.echo(result)
+    typer.echo(with_flags(str(result), {"rank"}))
     print_line(f"Next: {_how_to_load(result, key_format)}")
 
 

@@ -52,9 +52,9 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     """The harness's ``HFLM`` for an adapter at several ranks.
 
     The harness runs once for each rank. At the first run, the engine computes the responses of all
-    ranks, and they are cached. Of several processes, each computes a share of the responses. If the
-    engine does not support the model, or if a task does not ask
-    for greedy decoding, ``HFLM`` computes the responses of one rank in each run.
+    ranks, and they are cached. If the engine does not support the model, or if a task does not ask
+    for greedy decoding, ``HFLM`` computes the responses of one rank in each run. Of several
+    processes, each computes a share of the responses.
 
     Args:
         adapter: The nested adapter. Its model is put into eval mode.

@@ -12,8 +12,9 @@ from typing import Any
 
 from matryoshka_lora.atomic import CREATED_WITH
 from matryoshka_lora.formats.hub import CARD_NAME, LICENSE_FILES, is_foreign_link, split_hub_id
+from matryoshka_lora.lora.convert import part_of_pipeline
 from matryoshka_lora.lora.lora import Lora
-from matryoshka_lora.registry import ANSWERS_CAVEAT
+from matryoshka_lora.registry import ANSWERS_CAVEAT, PICTURES_CAVEAT
 
 ORIGINAL_HEADING = "# Original model card"
 """The heading of the text of the source's card."""
@@ -180,7 +181,7 @@ def model_card(
         paragraphs += [
             f"The adapter is nested: it can be deployed at {available}. To write another rank:",
             "```\nmatryoshka export THIS_FOLDER --rank RANK --output OUTPUT\n```",
-            "\n".join([*rows, "", ANSWERS_CAVEAT]),
+            "\n".join([*rows, "", PICTURES_CAVEAT if part_of_pipeline(lora) else ANSWERS_CAVEAT]),
             *_score_table(lora),
             _CITATION,
         ]

@@ -180,10 +180,10 @@ def singular_values(A: Array, B: Array) -> Float64Array:
 def _cholesky_triangle(rows: Float64Array) -> Float64Array | None:
     """Return the R of the QR decomposition of a transposed matrix, or None if it needs a QR.
 
-    It is the Cholesky factor of the Gram matrix of the rows, which is seven times faster than a QR
-    (3,072 columns, 64 rows). A Gram matrix squares the condition number, so its Q is orthogonal to
-    about ``eps`` times the condition number: 2e-10 at `_MAX_CONDITION`, far below the rounding of
-    float32. The norms of the rows do not count, because they are divided out first.
+    It is the Cholesky factor of the Gram matrix of the rows, which is several times faster than a
+    QR. The condition number of a Gram matrix is the square of the one of the rows, so ``Q`` is
+    orthogonal to about ``eps`` times this number: 2e-10 at `_MAX_CONDITION`, far below the rounding
+    of float32. The norms of the rows do not count, because they are divided out first.
 
     Args:
         rows: Shape (..., R, n).

@@ -84,7 +84,7 @@ def combine(
 ) -> CombineResult:
     """Write the weighted sum of LoRAs, ``w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ...``.
 
-    The concatenated factors are the exact sum. They are reordered by QR and SVD, so rank r of the
+    The concatenated factors are the exact sum. They are reordered by SVD, so rank r of the
     output is the best approximation of the sum (Eckart-Young), for every r from 1 to R. A missing
     layer counts as zero. One layer is in memory at a time.
 
