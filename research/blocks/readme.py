@@ -26,7 +26,7 @@ from research.blocks.shared import (
     table,
     trained_minus,
 )
-from research.curves import curves, reference_accuracies
+from research.curves import curves, of_method, reference_accuracies
 from research.looks import LOW_NAMES, TRAINED
 from research.stats import accuracy_at, loss_at
 from research.study import LORA_EACH
@@ -49,11 +49,14 @@ def readme_table() -> str:
 @block
 def readme_findings() -> str:
     """The bullets below the table: harder tests, what the rivals are, and P."""
-    trained, lora = (_median_at_rank_2("capacity", name) for name in (TRAINED, LORA_EACH))
+    trained, of_more, lora = (
+        _median_at_rank_2("low-capacity", name) for name in (TRAINED, "lora/trained-1.0", LORA_EACH)
+    )
+    num_seeds = [len(of_method(study, TRAINED)) for study in ("low-capacity", "low-512")]
     minus_squeezed = [
         f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(1)), '+')} and "
         f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(2)), '+')}"
-        for study in ("low-256", "capacity", "every512")
+        for study in ("low-256", "low-capacity", "low-512")
     ]
     references = reference_accuracies(1)
     shares = stats.values(curves("low-256"), TRAINED, accuracy_at(1)).values()
@@ -74,11 +77,11 @@ def readme_findings() -> str:
         f"8, takes {file['rank']['cpu_seconds']:.0f} seconds of CPU time. "
         "[Other tools](docs/performance.md#files).",
         "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
-        f"means at the ranks 1 and 2, in points: {minus_squeezed[0]}. Of version 0.4:",
-        f"  {minus_squeezed[1]} with fewer trainable parameters; {minus_squeezed[2]} with 512 "
-        "facts. Version 0.5 was not run there yet.",
-        f"* **With fewer trainable parameters**, `train_ranks` of 0.4 has {trained} % at rank 2, "
-        f"and LoRA trained at rank 2 {lora} % (medians of 5 seeds).",
+        f"means at the ranks 1 and 2, in points: {minus_squeezed[0]}.",
+        f"  With fewer trainable parameters {minus_squeezed[1]} ({num_seeds[0]} seeds); with 512 "
+        f"facts {minus_squeezed[2]} ({num_seeds[1]} seeds).",
+        f"* **With fewer trainable parameters**, `train_ranks` has {trained} % at rank 2, "
+        f"{of_more} % with `max_examples=1.0`, and LoRA trained at rank 2 {lora} % (medians).",
         f"* **LoRA trained at rank 1** has {min(references):.1f} to {max(references):.1f} %, with "
         f"the best of nine rates and three warmups. `train_ranks` has {100 * min(shares):.1f} to "
         f"{100 * max(shares):.1f} %.",

@@ -94,6 +94,42 @@ def low_256_findings() -> str:
 
 
 @block
+def low_512() -> str:
+    """512 facts, with the `train_ranks` of version 0.5."""
+    return _harder_facts("low-512", "512 facts")
+
+
+@block
+def low_capacity() -> str:
+    """Fewer trainable parameters, with the `train_ranks` of version 0.5."""
+    return _harder_facts("low-capacity", "256 facts, fewer trainable parameters")
+
+
+def _harder_facts(study: str, heading: str) -> str:
+    ranks = (1, 2, 3, 4, 6, 8, 32)
+    methods = ("lora/svd", TRAINED, "lora/trained-1.0", "lora/squeezed", LORA_EACH)
+    return facts_table(study, heading, methods, ranks, LOW_NAMES)
+
+
+@block
+def low_harder_findings() -> str:
+    """Differences of `train_ranks` from LoRA-Squeeze and LoRA trained at the rank."""
+    lines: list[str] = []
+    for study, name in (("low-512", "512 facts"), ("low-capacity", "fewer trainable parameters")):
+        for other, text in (("lora/squeezed", "LoRA-Squeeze"), (LORA_EACH, "LoRA trained at it")):
+            for method, share in ((TRAINED, "half a run"), ("lora/trained-1.0", "a run")):
+                differences = ", ".join(
+                    points(difference(study, method, accuracy_at(rank), other), "+")
+                    for rank in (1, 2, 4)
+                )
+                lines.append(
+                    f"* {name}, `train_ranks` with the examples of {share} minus {text}: "
+                    f"{differences} points at the ranks 1, 2 and 4."
+                )
+    return "\n".join(lines)
+
+
+@block
 def facts256_findings() -> str:
     """Findings of the table of 256 facts."""
     trained = of_method("every256", TRAINED)
