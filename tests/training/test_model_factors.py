@@ -10,7 +10,8 @@ from helpers.examples import all_equal, copy_lora_parameters
 from helpers.formula import KINDS, is_close, output_and_gradients, random_input
 from helpers.models import nested_layer, nested_llama
 
-from matryoshka_lora import Nesting
+from matryoshka_lora import MatryoshkaError, Nesting
+from matryoshka_lora.training.factors import ModelFactors
 
 NESTING = Nesting((1, 2, 6), "none", 0.7)
 
@@ -57,3 +58,10 @@ def test_factors_are_restored_after_an_exception(
     with pytest.raises(error_type):
         change_and_fail()
     assert all_equal(before, copy_lora_parameters(adapter))
+
+
+def test_flattened_factors_are_an_error() -> None:
+    """FSDP 1 has pieces of a flat parameter in their place."""
+    piece = torch.zeros(8)
+    with pytest.raises(MatryoshkaError, match="fsdp_version"):
+        ModelFactors(torch.nn.Linear(2, 2), {"layer": (piece, piece)}).check_shapes()
