@@ -84,3 +84,11 @@ def test_what_cannot_be_measured_is_an_error_when_the_training_begins(
     with pytest.raises(MatryoshkaError, match=keyword):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_trainer_that_evaluates_nothing_is_warned_of(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.args.eval_strategy = "no"
+    trainer.add_callback(RankLossCallback(trainer))
+    with pytest.warns(UserWarning, match="eval_strategy"):
+        trainer.train()

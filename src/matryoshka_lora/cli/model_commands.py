@@ -226,7 +226,9 @@ def evaluate(
     if not is_main_process():
         return
     typer.echo(str(evaluation))
-    print_line(f"Written to {output}: evaluation.json, and a picture, curve.png")
+    print_line(
+        f"Written to {output}: evaluation.json, examples.jsonl with the answers, and curve.png"
+    )
     print_next("select", output, "--within", "1%")
 
 

@@ -224,7 +224,7 @@ class Evaluation:
             )
         lines.append("± is one standard error over the questions.")
         if any("loss" in name for name in metrics):
-            lines.append("loss: nats per token of the answers.")
+            lines.append("loss: nats per token of the answers, their end included.")
         return join_lines(lines)
 
     def task_name(self, name: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,6 +69,12 @@ class RankLossCallback(TrainerCallback):
             MatryoshkaError: There is none; or a rank is above R; or the adapter is sharded, or
                 trained with another rule than ``lora``.
         """
+        if args.eval_strategy == "no":
+            warnings.warn(
+                "The Trainer evaluates nothing during the training, so RankLossCallback measures "
+                "nothing. Pass eval_strategy='steps' to its arguments.",
+                stacklevel=2,
+            )
         factors = self._factors()
         for rank in self._ranks or ():
             check_rank(rank, factors.max_rank)
