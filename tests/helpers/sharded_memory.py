@@ -2,8 +2,8 @@
 
     sharded_memory.py FOLDER [zero3]
 
-Each process writes INDEX.json: the peak of its memory in `train_ranks` and `reorder` above the
-memory before, the bytes of the model, and the outcome.
+Each process writes INDEX.json: the bytes of its parameters before `train_ranks`, by how much they
+grow in it, the bytes of the model, and the outcome.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from pathlib import Path
 
-import psutil
 from accelerate.state import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import helpers.cpu_backends  # noqa: F401  it changes accelerate and DeepSpeed
@@ -26,24 +26,32 @@ from helpers.models import tiny_llama
 from matryoshka_lora import nest
 
 
-class PeakMemory(threading.Thread):
-    """Records the maximum of the memory of this process, in bytes, until `stop`."""
+class ParameterMemory:
+    """The bytes of a model's parameters in this process, and their peak while layers run."""
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._process = psutil.Process()
-        self._is_done = threading.Event()
-        self.before = self.peak = self._process.memory_info().rss
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = model.parameters
+        self.before = self.peak = self._bytes()
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.register_forward_hook(self._forward)
 
-    def run(self) -> None:
-        while not self._is_done.wait(0.002):
-            self.peak = max(self.peak, self._process.memory_info().rss)
+    def _bytes(self) -> int:
+        total = 0
+        for parameter in self._parameters():
+            values = parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
+            total += values.nbytes
+            if hasattr(parameter, "ds_tensor"):
+                total += parameter.ds_tensor.nbytes
+        return total
 
-    def stop(self) -> int:
-        """Return by how much the memory has grown."""
-        self._is_done.set()
-        self.join()
-        return self.peak - self.before
+    def _record(self, *args: object) -> None:
+        self.peak = max(self.peak, self._bytes())
+
+    def _forward(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._record()
+        if output.requires_grad:
+            output.register_hook(self._record)
 
 
 # By default, DeepSpeed keeps a billion gathered parameters.
@@ -81,13 +89,12 @@ def main() -> None:
     trainer = Trainer(model, arguments, collate, dataset)
     trainer.train()
     adapter = nest(trainer.model)
-    memory = PeakMemory()
-    memory.start()
+    memory = ParameterMemory(trainer.model)
     result = adapter.train_ranks(trainer, max_examples=32)
-    growth = memory.stop()
     adapter.save(folder / "adapter")
     measured = {
-        "growth": growth,
+        "growth": memory.peak - memory.before,
+        "before": memory.before,
         "model": num_bytes,
         "outcome": result.outcome,
         "losses": [list(result.losses_before.values()), list(result.losses_after.values())],

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers.examples import collate, copy_lora_parameters, lookup_examples
 from helpers.models import tiny_mixtral
 from helpers.plain_peft import logits
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 import matryoshka_lora as ml
-from matryoshka_lora import MatryoshkaError, nest
+from matryoshka_lora import MatryoshkaError, RankLossCallback, nest
 
 TRAINING = lookup_examples(400)
 VALIDATION = lookup_examples(48, seed=1)
@@ -80,3 +82,24 @@ def test_the_low_ranks_of_experts_are_trained(folder: Path, tmp_path: Path) -> N
             loss = model(**collate(VALIDATION)).loss
         if rank in result.losses_after:
             assert float(loss) == pytest.approx(result.losses_after[rank], rel=1e-4)
+
+
+def test_the_losses_of_the_ranks_of_experts_are_logged(folder: Path, tmp_path: Path) -> None:
+    """The largest rank has the loss of the model."""
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        report_to="none",
+        use_cpu=True,
+    )
+    training, validation = map(Dataset.from_list, (TRAINING, VALIDATION))
+    trainer = Trainer(trained_model(folder), arguments, collate, training, validation)
+    trainer.add_callback(RankLossCallback(trainer))
+    trainer.train()
+    log = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    assert log["eval_rank_4_loss"] == pytest.approx(log["eval_loss"], rel=1e-4)
+    assert log["eval_rank_1_loss"] > log["eval_rank_4_loss"] + 0.05
+    assert "eval_rank_8_loss" not in log

@@ -14,11 +14,7 @@ from matryoshka_lora.formats import peft_folder
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_the_memory_of_a_sharded_model(strategy: str, tmp_path: Path) -> None:
-    """Each process holds half of the model already, and needs a layer more, a twelfth.
-
-    The memory of a process is noisy: usually it grows by a few percent, and with DeepSpeed's
-    default, which gathers the whole model, by more than the model.
-    """
+    """Each process holds half of the model already, and needs a layer more, a twelfth."""
     if strategy == "zero3":
         pytest.importorskip("deepspeed")
     config = "ddp" if strategy == "zero3" else strategy  # the script has the settings of ZeRO-3
@@ -27,5 +23,6 @@ def test_the_memory_of_a_sharded_model(strategy: str, tmp_path: Path) -> None:
     assert one["losses"] == two["losses"]
     assert one["outcome"] == two["outcome"] == "kept"
     for measured in (one, two):
-        assert measured["growth"] < 0.5 * measured["model"]
+        assert measured["before"] < 0.6 * measured["model"]
+        assert 0 < measured["growth"] < 0.3 * measured["model"]
     assert peft_folder.read(tmp_path / "adapter").small is not None

@@ -153,8 +153,7 @@ def _check_shapes(lora: Lora) -> None:
                 raise MatryoshkaError(
                     f"{lora.name} has the names of {model.name}, but not its shapes: "
                     f"{short(layer.name)} has {layer.out_features} rows for {layer.in_shape[0]} "
-                    "inputs. It is for another model, whose names are not known. Keep the keys as "
-                    "they are."
+                    "inputs. It belongs to a model that cannot be converted. Omit `key_format`."
                 )
 
 

@@ -50,6 +50,7 @@ from matryoshka_lora.peft.lora_layers import (
     check_not_padded,
     factor_parameters,
     lora_layers,
+    model_factors,
     set_small_factors,
     small_factors,
 )
@@ -155,14 +156,7 @@ class NestedAdapter:
 
         If they are sharded over processes, every process must use them.
         """
-        reshard(self.model)
-        num_experts = {
-            name: layer.num_experts
-            for name, layer in self.layers.items()
-            if getattr(layer, "num_experts", 1) > 1
-        }
-        factors = ModelFactors(self.model, self.layer_factors(), num_experts)
-        factors.check_shapes()
+        factors = model_factors(self.model, self.layers, self.name)
         if factors.are_sharded:
             return ShardedFactors(self.model, self.layers, self.name, self.use_diagonal)
         return factors
@@ -482,10 +476,10 @@ class NestedAdapter:
             factors: By layer, A of shape (k, in) and B of shape (out, k), any dtype and device.
         """
         small_rank = len(next(iter(factors.values()))[0])
-        model_factors = self.factors
+        own_factors = self.factors
         for name, layer in self.layers.items():
             A, B = factor_parameters(layer, self.name)
-            small_A, small_B = model_factors.from_matrices(name, *factors[name])
+            small_A, small_B = own_factors.from_matrices(name, *factors[name])
             small_A = small_A.detach().to(A.device, A.dtype, copy=True)
             small_B = small_B.detach().to(B.device, B.dtype, copy=True)
             set_small_factors(layer, self.name, small_A, small_B)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora.keys import PEFT_PREFIX
+from matryoshka_lora.sharding import reshard
+from matryoshka_lora.training.factors import ModelFactors
 
 
 class LoraModule(Protocol):
@@ -64,6 +66,24 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraModul
             continue
         if adapter in module.lora_A or adapter in module.lora_embedding_A:
             yield name.removeprefix(PEFT_PREFIX), cast(LoraModule, module)
+
+
+def model_factors(model: nn.Module, layers: Mapping[str, LoraModule], adapter: str) -> ModelFactors:
+    """Return the factors of an adapter's layers, by the names of the layers.
+
+    Raises:
+        MatryoshkaError: FSDP 1 has flattened them.
+    """
+    reshard(model)
+    parameters = {name: factor_parameters(layer, adapter) for name, layer in layers.items()}
+    num_experts = {
+        name: layer.num_experts
+        for name, layer in layers.items()
+        if getattr(layer, "num_experts", 1) > 1
+    }
+    factors = ModelFactors(model, parameters, num_experts)
+    factors.check_shapes()
+    return factors
 
 
 def check_not_padded(name: str, module: LoraModule, adapter: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Iterable
@@ -14,14 +13,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.nesting import Nesting, check_rank, check_ranks
-from matryoshka_lora.peft.lora_layers import factor_parameters, lora_layers
+from matryoshka_lora.peft.lora_layers import lora_layers, model_factors
 from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.tensors import restored_modes
 from matryoshka_lora.training.data import Batch, TrainingData, read_training_data
 from matryoshka_lora.training.factors import ModelFactors
 from matryoshka_lora.training.train_ranks import validation_losses
-
-logger = logging.getLogger(__name__)
 
 
 class RankLossCallback(TrainerCallback):
@@ -114,8 +111,7 @@ class RankLossCallback(TrainerCallback):
         self._trainer.log({**metrics, "eval_rank_losses_runtime": round(seconds, 3)})
 
     def _factors(self) -> ModelFactors:
-        layers = lora_layers(self._trainer.model, self._adapter_name)
-        parameters = {name: factor_parameters(layer, self._adapter_name) for name, layer in layers}
-        if not parameters:
+        layers = dict(lora_layers(self._trainer.model, self._adapter_name))
+        if not layers:
             raise MatryoshkaError(f"The model has no LoRA adapter {self._adapter_name!r}.")
-        return ModelFactors(self._trainer.model, parameters)
+        return model_factors(self._trainer.model, layers, self._adapter_name)
