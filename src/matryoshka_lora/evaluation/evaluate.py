@@ -110,7 +110,7 @@ def evaluate(
         check_output(output, force, sources)
     examples = read_examples(data) if data is not None else []
 
-    with optional_imports():  # these imports take seconds, so the arguments are checked first
+    with optional_imports("eval"):  # these imports take seconds, so the arguments are checked first
         import torch
         from accelerate.state import PartialState
 
