@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from matryoshka_lora import Nesting
-from research.curves import accuracies, curves, reference_accuracies
+from research.curves import accuracies, curves, of_method, reference_accuracies
 from research.looks import (
     LOOKS,
     LOW_NAMES,
@@ -29,7 +29,6 @@ from research.looks import (
     set_rank_axis,
 )
 from research.plan import Result
-from research.spent import examples_spent
 from research.study import LORA_EACH, ROOT, load_study, parse_method
 
 OUTPUT = ROOT / "docs" / "figures"
@@ -44,17 +43,11 @@ P_DEPLOYMENTS = {
 }
 """The deployments of an adapter that P has trained."""
 
-SPENT_METHODS = ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH)
-SPENT_STUDIES = {
-    "256 facts, two kinds of layers": dict.fromkeys(SPENT_METHODS, ("capacity", "facts-256")),
-    "family_relationships": {
-        "lora/svd": ("ordinary", "family_relationships"),
-        TRAINED: ("ordinary", "family_relationships"),
-    },
+LOW_STUDIES = {
+    "256 facts": "low-256",
+    "512 facts": "low-512",
+    "fewer trainable parameters": "low-capacity",
 }
-"""The study and the task of each method, by the title of a panel."""
-SPENT_RANKS = {1: ("-", "full"), 2: ("--", "left"), 4: (":", "none")}
-"""The line styles of the ranks, and how their markers are filled."""
 
 Average = Callable[[Sequence[float]], float]
 
@@ -135,6 +128,27 @@ def face(figure: Any, mode: Mode) -> None:
     axes.set_ylabel("right answers in %")
     figure.suptitle("256 facts: how many does the adapter know at each rank?", x=0.01, ha="left")
     axes.set_title(_describe_seeds(all_curves, "the median"), color=mode.muted, fontsize=10)
+    _draw_legend(figure)
+
+
+def low(figure: Any, mode: Mode) -> None:
+    """Draw the methods of `face` on three tasks of facts."""
+    figure.set_size_inches(12.0, 5.0)
+    panels = figure.subplots(1, len(LOW_STUDIES), sharey=True)
+    for axes, (title, study) in zip(panels, LOW_STUDIES.items(), strict=True):
+        all_curves = curves(study)
+        _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median, LOW_NAMES)
+        single_runs = of_method(study, LORA_EACH)
+        accuracies_by_rank = {
+            rank: reference_accuracies(rank)
+            if study == "low-256"
+            else accuracies(single_runs, rank)
+            for rank in single_runs[0].ranks
+        }
+        _draw_single_runs(axes, accuracies_by_rank, mode)
+        axes.set_title(f"{title}, {len(of_method(study, TRAINED))} seeds")
+    panels[0].set_ylim(-4, 104)
+    panels[0].set_ylabel("right answers in %")
     _draw_legend(figure)
 
 
@@ -237,31 +251,13 @@ def _draw_legend(figure: Any, num_columns: int = 2) -> None:
     )
 
 
-# The value of P, and of training at a rank.
-
-
-def spent(figure: Any, mode: Mode) -> None:
-    """Draw P under three deployments, and right answers against the examples spent on a rank."""
-    figure.set_size_inches(11.4, 5.4)
-    left, *panels = figure.subplots(1, 1 + len(SPENT_STUDIES), width_ratios=(1.15, 1, 1))
-    _draw_deployments_of_p(left, mode)
-    for axes, (title, studies) in zip(panels, SPENT_STUDIES.items(), strict=True):
-        _draw_spent(axes, studies, mode)
-        axes.set_title(title)
-        axes.set_xscale("symlog", linthresh=1, linscale=0.5)
-        axes.set_xticks([0, 1, 10, 100, 1000, 10_000], ["0", "1", "10", "100", "1k", "10k"])
-        axes.minorticks_off()
-        axes.set_xlim(-0.5, 50_000)
-        axes.set_ylim(-4, 104)
-        axes.set_xlabel("training examples spent on the rank")
-    _draw_legend(figure, num_columns=3)
-
-
-def _draw_deployments_of_p(axes: Any, mode: Mode) -> None:
+def deployments_of_p(figure: Any, mode: Mode) -> None:
     """Draw a line for each adapter that was tested in all deployments, and a dot for other seeds.
 
     The dots are of the rate that was chosen for the deployment.
     """
+    figure.set_size_inches(7.0, 4.6)
+    axes = figure.subplots()
     study = load_study("rest")
     deployments = {parse_method(method)[1]: method for method in P_DEPLOYMENTS}
     runs = [
@@ -286,29 +282,7 @@ def _draw_deployments_of_p(axes: Any, mode: Mode) -> None:
     axes.set_ylim(-2, None)
     axes.set_ylabel("right answers in %")
     axes.set_title(f"chain_sum, P, rate {rate:g} (dashed: {dashed_rate:g})")
-
-
-def _draw_spent(axes: Any, studies: Mapping[str, tuple[str, str]], mode: Mode) -> None:
-    """Draw a marker for each run, and a line through the means of the methods at a rank."""
-    for method in studies:
-        look = LOOKS[method]
-        color = look.color(mode)
-        axes.plot([], [], look.marker, ls="", color=color, label=plain_name(method))
-    for rank, (line, fill) in SPENT_RANKS.items():
-        means: list[tuple[float, float]] = []
-        for method, (study, task) in studies.items():
-            points = examples_spent(study, method, task, rank)
-            examples = [point.examples for point in points]
-            shares = [100 * point.accuracy for point in points]
-            look = LOOKS[method]
-            color = look.color(mode)
-            size = 8 if look.marker == "*" else 6
-            style = {"color": color, "fillstyle": fill, "markersize": size, "alpha": 0.8}
-            axes.plot(examples, shares, look.marker, **style)
-            means.append((fmean(examples), fmean(shares)))
-        x, y = zip(*sorted(means), strict=True)
-        axes.plot(x, y, ls=line, color=mode.muted, linewidth=1.4, zorder=1)
-        axes.plot([], [], "o", ls=line, color=mode.muted, fillstyle=fill, label=f"rank {rank}")
+    _draw_legend(figure)
 
 
 # One adapter.
@@ -402,8 +376,9 @@ FIGURES: Mapping[str, Callable[[Any, Mode], None]] = {
     "method": method,
     "p": p,
     "singular": singular,
+    "low": low,
     "methods": methods,
-    "spent": spent,
+    "deployments_of_p": deployments_of_p,
 }
 
 if __name__ == "__main__":

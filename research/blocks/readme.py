@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from research import stats
 from research.blocks.shared import (
     block,
+    difference,
     in_paper_regime,
     median_and_lowest,
     nats,
@@ -24,7 +25,6 @@ from research.blocks.shared import (
     read,
     reference_cells,
     table,
-    trained_minus,
 )
 from research.curves import curves, of_method, reference_accuracies
 from research.looks import LOW_NAMES, TRAINED
@@ -54,8 +54,10 @@ def readme_findings() -> str:
     )
     num_seeds = [len(of_method(study, TRAINED)) for study in ("low-capacity", "low-512")]
     minus_squeezed = [
-        f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(1)), '+')} and "
-        f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(2)), '+')}"
+        " and ".join(
+            points(difference(study, TRAINED, accuracy_at(rank), "lora/squeezed"), "+")
+            for rank in (1, 2)
+        )
         for study in ("low-256", "low-capacity", "low-512")
     ]
     references = reference_accuracies(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean
 
 from matryoshka_lora import aurac
 from research import stats
@@ -14,7 +14,6 @@ from research.blocks.shared import (
     difference,
     facts_table,
     in_paper_regime,
-    median_and_lowest,
     nats,
     p_kept_minus_lora,
     p_kept_rate,
@@ -25,35 +24,27 @@ from research.blocks.shared import (
     relative_seconds,
     spread,
     table,
-    trained_method,
-    trained_minus,
-    trained_minus_study,
 )
 from research.curves import (
     accuracies,
-    curves,
     of_method,
     reference_accuracies,
     references_with_best_warmup,
 )
 from research.looks import LOW_NAMES, NAMES, TRAINED
-from research.spent import examples_spent
 from research.stats import Estimate, accuracy_at, aurac_linear, aurac_log2, loss_at, mean_loss
 from research.study import LORA_EACH, load_study
 
 
 @block
 def facts256() -> str:
-    """256 facts, all methods."""
+    """256 facts: the paper, DyLoRA and longer training."""
     methods = (
         "matryoshka/prefix",
         "dylora-authors/prefix",
         "matryoshka-authors/svd",
         "lora/svd",
         "lora-longer/svd",
-        TRAINED,
-        "matryoshka/trained-0.3",
-        "lora/squeezed",
         LORA_EACH,
     )
     return facts_table("every256", "256 facts", methods, (1, 2, 3, 4, 8, 32))
@@ -112,38 +103,25 @@ def _harder_facts(study: str, heading: str) -> str:
 
 
 @block
-def low_harder_findings() -> str:
-    """Differences of `train_ranks` from LoRA-Squeeze and LoRA trained at the rank."""
-    lines: list[str] = []
-    for study, name in (("low-512", "512 facts"), ("low-capacity", "fewer trainable parameters")):
-        for other, text in (("lora/squeezed", "LoRA-Squeeze"), (LORA_EACH, "LoRA trained at it")):
-            for method, share in ((TRAINED, "half a run"), ("lora/trained-1.0", "a run")):
-                differences = ", ".join(
-                    points(difference(study, method, accuracy_at(rank), other), "+")
-                    for rank in (1, 2, 4)
-                )
-                lines.append(
-                    f"* {name}, `train_ranks` with the examples of {share} minus {text}: "
-                    f"{differences} points at the ranks 1, 2 and 4."
-                )
-    return "\n".join(lines)
-
-
-@block
-def facts256_findings() -> str:
-    """Findings of the table of 256 facts."""
-    trained = of_method("every256", TRAINED)
-    largest_fall = 100 * max(map(stats.largest_fall, trained))
-    rank_1 = median(accuracies(trained, 1))
-    seconds = relative_seconds("every256", TRAINED)
-    return (
-        f"* `train_ranks` takes rank 1 from nothing to {rank_1:.1f} % for half a run's tokens, and "
-        f"{seconds:.1f} times a run's\n  seconds in all (the median; the machine "
-        "is shared): on two layers, a step of 8 examples takes more than\n  a quarter of the time "
-        "of one of 32. Its curve is nearly "
-        f"monotone: no rank of any seed has more than {largest_fall:.1f} points less than the "
-        "next smaller one.\n  That does not make it good at every rank."
-    )
+def low_differences() -> str:
+    """Differences of `train_ranks` from LoRA-Squeeze and from LoRA trained at the rank."""
+    ranks = (1, 2, 4)
+    studies = {
+        "256 facts": ("low-256", ["lora/squeezed"]),
+        "512 facts": ("low-512", ["lora/squeezed", LORA_EACH]),
+        "fewer trainable parameters": ("low-capacity", ["lora/squeezed", LORA_EACH]),
+    }
+    names = {"lora/squeezed": "LoRA-Squeeze", LORA_EACH: "LoRA trained at the rank"}
+    differences = {
+        f"{label} | {share} | {names[other]}": [
+            difference(study, method, accuracy_at(rank), other) for rank in ranks
+        ]
+        for label, (study, others) in studies.items()
+        for other in others
+        for method, share in ((TRAINED, "half a run"), ("lora/trained-1.0", "a run"))
+    }
+    heading = ["points", "examples of `train_ranks`", "minus"]
+    return _differences_table([*heading, *(f"rank {rank}" for rank in ranks)], differences)
 
 
 @block
@@ -160,8 +138,7 @@ def facts256_reference() -> str:
         f"three warmups ({warmup} % of the steps;\n  [studies]"
         "(../research/README.md#lora-at-one-rank-with-three-warmups)). Its seeds have "
         f"{ranges[0]} and {ranges[1]}.\n  In `every256`, with a warmup of 5 %, a coarser grid and "
-        f"two validation seeds, they have {ranges[2]} and {ranges[3]}.\n"
-        "  `train_ranks` does not reach it at rank 1."
+        f"two validation seeds, they have {ranges[2]} and {ranges[3]}."
     )
 
 
@@ -210,95 +187,6 @@ def squeeze_tries() -> str:
         f"{len(squeezed[0].ranks)} ranks, which are {times:.1f} times as large as the adapter. The "
         "authors' form, which truncates within the training,\n  was not run."
     )
-
-
-@block
-def capacity() -> str:
-    """Two kinds of layers."""
-    first = "256 facts, two kinds of layers"
-    methods = (*_facts_methods("capacity"), LORA_EACH)
-    return facts_table("capacity", first, methods, (1, 2, 3, 4, 8, 32))
-
-
-def _facts_methods(study: str) -> tuple[str, ...]:
-    """Return the methods that every study of facts has, and that need no run for each rank."""
-    return "lora/svd", trained_method(study), "lora/squeezed"
-
-
-def _with_version(label: str, study: str) -> str:
-    """Return a label with the version of `train_ranks`, if an earlier one ran."""
-    _, _, version = trained_method(study).partition("/trained-")
-    return f"{label}, `train_ranks` of version {version}" if version else label
-
-
-@block
-def capacity_findings() -> str:
-    """Findings of the table of two kinds of layers, and the runs of its rows."""
-    at_rank_2 = trained_minus("capacity", LORA_EACH, accuracy_at(2))
-    if at_rank_2.mean >= 0 or at_rank_2.half_width is None:
-        raise ValueError(f"{at_rank_2} is not less.")
-    points_less = f"{-100 * at_rank_2.mean:.1f} ± {100 * at_rank_2.half_width:.1f}"
-    findings = (
-        "* **One nested adapter is not as good as a whole run at rank 2.** It has "
-        f"{points_less} points less than LoRA trained there, which has\n  a whole run "
-        "for this rank; `train_ranks` has half a run for ten ranks."
-    )
-    plain = chosen_rate("capacity", "lora/svd")
-    trained = chosen_rate("capacity", TRAINED)
-    if plain != trained:
-        findings += (
-            "\n* **The rows of `reorder` and `train_ranks` are of different runs of LoRA**, each "
-            f"at the\n  rate that is best for it: {plain:g} and {trained:g}."
-        )
-    return findings
-
-
-@block
-def other_sizes() -> str:
-    """Medians at the ranks 1, 2 and 4 for other numbers of facts, model and R."""
-    studies = {
-        "[128](../research/tables/every128.md), 200 steps": "every128",
-        "[512](../research/tables/every512.md), 800 steps": "every512",
-        "[256](../research/tables/gemma256.md), Gemma 3 270M": "gemma256",
-        "[256](../research/tables/every256-rank128.md), R = 128": "every256-rank128",
-    }
-    rows: list[list[str]] = []
-    for label, study in studies.items():
-        cells: list[str] = []
-        for method in _facts_methods(study):
-            shares_by_rank = [
-                stats.values(curves(study), method, accuracy_at(rank)).values()
-                for rank in (1, 2, 4)
-            ]
-            medians = [f"{100 * median(shares):.1f}" for shares in shares_by_rank if shares]
-            cells.append(", ".join(medians))
-        num_seeds = str(len(of_method(study, trained_method(study))))
-        rows.append([_with_version(label, study), *cells, num_seeds])
-    return table(
-        ["facts", *(NAMES[method] for method in _facts_methods("every256")), "seeds"], rows
-    )
-
-
-@block
-def squeeze_differences() -> str:
-    """``train_ranks`` minus LoRA-Squeeze, in all studies that have both."""
-    studies = {
-        "128 facts": "every128",
-        "256 facts": "every256",
-        "512 facts": "every512",
-        "256 facts, two kinds of layers": "capacity",
-        "256 facts, Gemma 3 270M": "gemma256",
-        "256 facts, R = 128": "every256-rank128",
-    }
-    ranks = (1, 2, 3, 4, 8)
-    differences = {
-        _with_version(label, study): [
-            trained_minus(study, "lora/squeezed", accuracy_at(rank)) for rank in ranks
-        ]
-        for label, study in studies.items()
-    }
-    heading = ["`train_ranks` minus LoRA-Squeeze, points", *(f"rank {rank}" for rank in ranks)]
-    return _differences_table(heading, differences)
 
 
 def _differences_table(heading: Sequence[str], differences: Mapping[str, list[Estimate]]) -> str:
@@ -447,53 +335,6 @@ def p_at_ranks_findings() -> str:
     return (
         "After `reorder`, these intervals do not contain 0. They are not corrected for their "
         "number:\n\n" + "\n".join(f"* {text}" for text in clear)
-    )
-
-
-# Fewer nested ranks: the studies ``capacity-...``.
-
-
-@block
-def nesting_controls() -> str:
-    """Right answers and examples of rank 2 with fewer nested ranks."""
-    studies = {
-        "ten nested ranks": "capacity",
-        "(1, 2, 32)": "capacity-1-2",
-        "(2, 32)": "capacity-2",
-        "(2, 32), fewer examples": "capacity-2-equal",
-    }
-    rows: list[list[str]] = []
-    for label, name in studies.items():
-        study = load_study(name)
-        (task,) = study.tasks
-        cells = [median_and_lowest(name, TRAINED, accuracy_at(rank)) for rank in (1, 2, 32)]
-        for rank in (1, 2):
-            if rank in study.ranks:
-                examples = [run.examples for run in examples_spent(name, TRAINED, task, rank)]
-                cells.append(f"{fmean(examples):,.0f}")
-            else:
-                cells.append("")
-        rows.append([label, *cells, str(len(of_method(name, TRAINED)))])
-    heading = ["`train_ranks`, nested ranks", *(f"rank {rank}" for rank in (1, 2, 32))]
-    heading += [*(f"examples of rank {rank}" for rank in (1, 2)), "seeds"]
-    return table(heading, rows)
-
-
-@block
-def nesting_controls_findings() -> str:
-    """Whether nesting costs anything, and what a user who wants one small rank gains."""
-    rank_2 = accuracy_at(2)
-    alone = trained_minus_study("capacity-2", TRAINED, "capacity", rank_2)
-    to_lora = trained_minus_study("capacity-2", LORA_EACH, "capacity", rank_2)
-    to_nested = trained_minus_study("capacity-2-equal", TRAINED, "capacity-1-2", rank_2)
-    lora_examples = examples_spent("capacity", LORA_EACH, "facts-256", 2)[0].examples
-    return (
-        "* **For one small rank**, nest `(2, 32)`. At rank 2, its right answers differ from ten "
-        f"nested ranks by\n  {points(alone, '+')} points, and from LoRA trained at rank 2 by "
-        f"{points(to_lora, '+')}. That LoRA has {lora_examples:,.0f} examples\n  of rank 2; "
-        "`(2, 32)` has as many of R, and half as many after them.\n"
-        "* **Does nesting cost anything?** With about as many examples for rank 2, rank 2 alone "
-        f"minus rank 2 beside\n  rank 1 is {points(to_nested, '+')} points."
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from research import stats
 from research.curves import curves, of_method, reference_accuracies
-from research.looks import NAMES, TRAINED
+from research.looks import NAMES
 from research.plan import rates, units
 from research.stats import Estimate, Value, accuracy_at
 from research.study import LORA_EACH, ROOT, load_study, parse_method
@@ -159,27 +159,6 @@ def p_minus_lora(value: Value, task: str) -> Estimate:
 def in_paper_regime(method: str, minus: str, value: Value, task: str) -> Estimate:
     """Return the difference of two methods as the paper's authors train, each at its best rate."""
     return difference("paper-regime", method, value, minus, task)
-
-
-def trained_method(study: str) -> str:
-    """Return the method that is shown as `train_ranks` for a study: that of 0.3 if only it ran."""
-    return TRAINED if of_method(study, TRAINED) else "lora/trained-0.3"
-
-
-def trained_minus(study: str, other: str, value: Value) -> Estimate:
-    """Return LoRA, then ``train_ranks``, minus another method on the same seeds."""
-    return difference(study, trained_method(study), value, other)
-
-
-def trained_minus_study(study: str, method: str, other_study: str, value: Value) -> Estimate:
-    """Return LoRA, then ``train_ranks``, minus a method of another study, on the same seeds."""
-    values = stats.values(curves(study), TRAINED, value)
-    values_of_other = stats.values(curves(other_study), method, value)
-    common = values.keys() & values_of_other.keys()
-    estimate = stats.estimate([values[key] - values_of_other[key] for key in sorted(common)])
-    if estimate is None:
-        raise ValueError(f"{study} and {other_study} have no common seed.")
-    return estimate
 
 
 def relative_seconds(study: str, method: str) -> float:
