@@ -43,3 +43,8 @@ def cast(array: Array, dtype: DType) -> Array:
     """Return an array in a dtype. Values that are too large become infinite, without a warning."""
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)
+
+
+def transpose(matrices: Array) -> Array:
+    """Return the transposes of matrices, (..., m, n) to (..., n, m). ``.mT`` needs NumPy 2."""
+    return matrices.swapaxes(-1, -2)

@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from matryoshka_lora.linalg.arrays import Array, Float64Array
+from matryoshka_lora.linalg.arrays import Array, Float64Array, transpose
 
 DAMPING = 1e-2
 """What is added to second moments, relative to their mean: directions that no example shows count a
@@ -63,17 +63,17 @@ def svd_of_product(A: Array, B: Array, rank: int | None = None) -> SVD:
     # float64, because the product of two float32 factors needs more digits than float32, and the
     # SVD of a near-degenerate core would mix columns.
     A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
-    r_in, r_out = _cholesky_triangle(A), _cholesky_triangle(B.mT)
+    r_in, r_out = _cholesky_triangle(A), _cholesky_triangle(transpose(B))
     if r_in is not None and r_out is not None:
-        u, s, vh = np.linalg.svd(r_out @ r_in.mT)
+        u, s, vh = np.linalg.svd(r_out @ transpose(r_in))
         # Q = A^T R^-1, of which only the product with a small matrix is computed.
         left = B @ np.linalg.solve(r_out, u[..., :rank])
-        right = np.linalg.solve(r_in, vh[..., :rank, :].mT).mT @ A
+        right = transpose(np.linalg.solve(r_in, transpose(vh[..., :rank, :]))) @ A
         return SVD(left, _without_rounding(s, r_in, r_out), right)
-    q_in, r_in = np.linalg.qr(A.mT)
+    q_in, r_in = np.linalg.qr(transpose(A))
     q_out, r_out = np.linalg.qr(B)
-    u, s, vh = np.linalg.svd(r_out @ r_in.mT, full_matrices=False)
-    left, right = q_out @ u[..., :rank], vh[..., :rank, :] @ q_in.mT
+    u, s, vh = np.linalg.svd(r_out @ transpose(r_in), full_matrices=False)
+    left, right = q_out @ u[..., :rank], vh[..., :rank, :] @ transpose(q_in)
     return SVD(left, _without_rounding(s, r_in, r_out), right)
 
 
@@ -105,7 +105,7 @@ def reorder_factors(
     )
     signs = np.where(largest < 0, -1.0, 1.0)
     values = svd.values[..., :rank]
-    new_A, new_B = SVD(svd.left * signs.mT, values, svd.right * signs).factors()
+    new_A, new_B = SVD(svd.left * transpose(signs), values, svd.right * signs).factors()
     # A layer narrower than R has fewer singular values than R.
     new_A = pad_end(new_A, rank - values.shape[-1], axis=-2).astype(A.dtype)
     new_B = pad_end(new_B, rank - values.shape[-1], axis=-1).astype(B.dtype)
@@ -167,12 +167,12 @@ def singular_values(A: Array, B: Array) -> Float64Array:
     `reorder_factors` returns the same values, but takes longer.
     """
     A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
-    r_in, r_out = _cholesky_triangle(A), _cholesky_triangle(B.mT)
+    r_in, r_out = _cholesky_triangle(A), _cholesky_triangle(transpose(B))
     if r_in is None or r_out is None:
         # NumPy's type stubs know only the result of mode="reduced".
-        r_in = cast(Float64Array, np.linalg.qr(A.mT, mode="r"))
+        r_in = cast(Float64Array, np.linalg.qr(transpose(A), mode="r"))
         r_out = cast(Float64Array, np.linalg.qr(B, mode="r"))
-    s = np.linalg.svd(r_out @ r_in.mT, compute_uv=False)
+    s = np.linalg.svd(r_out @ transpose(r_in), compute_uv=False)
     values = _without_rounding(s, r_in, r_out)
     return pad_end(values, A.shape[-2] - values.shape[-1], axis=-1)
 
@@ -191,7 +191,7 @@ def _cholesky_triangle(rows: Float64Array) -> Float64Array | None:
     Returns:
         Shape (..., R, R), upper triangular.
     """
-    gram = rows @ rows.mT
+    gram = rows @ transpose(rows)
     norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
     if not norms.all():
         return None
@@ -203,11 +203,11 @@ def _cholesky_triangle(rows: Float64Array) -> Float64Array | None:
     condition = norms.shape[-1] * np.square(np.linalg.inv(L)).sum(axis=(-2, -1))
     if not np.all(condition <= _MAX_CONDITION):
         return None
-    return cast(Float64Array, (norms[..., :, None] * L).mT)
+    return transpose(norms[..., :, None] * L)
 
 
 def _without_rounding(s: Array, r_in: Array, r_out: Array) -> Float64Array:
-    """Return the singular values of ``r_out @ r_in.mT``, with 0 in place of rounding errors.
+    """Return the singular values of ``r_out @ r_in'``, with 0 in place of rounding errors.
 
     Rounding grows with the norms of the components. The norm of their sum may be much smaller,
     because components can cancel each other.
@@ -244,7 +244,7 @@ def truncation_errors(A: Array, B: Array, scales: Sequence[float]) -> Float64Arr
     # diagonals of rank R and of a rank from 0 on.
     rank = len(scales)
     A, B = A.astype(np.float64), B.astype(np.float64)
-    gram = ((B.mT @ B) * (A @ A.mT)).reshape(-1, rank, rank).sum(axis=0)
+    gram = ((transpose(B) @ B) * (A @ transpose(A))).reshape(-1, rank, rank).sum(axis=0)
     column_scales = np.array([0.0, *scales])[:, None]
     diagonals = np.where(np.arange(rank) < np.arange(rank + 1)[:, None], column_scales, 0.0)
     missing = diagonals[-1] - diagonals
@@ -266,7 +266,11 @@ def approximation_errors(target: tuple[Array, Array], A: Array, B: Array) -> Flo
     # The difference is the concatenated factors with a diagonal d between them: d^T G d as above.
     all_A, all_B = weighted_sum([target, (A, B)], [1.0, -1.0])
     size, rank = all_A.shape[-2], A.shape[-2]
-    gram = ((all_B.mT @ all_B) * (all_A @ all_A.mT)).reshape(-1, size, size).sum(axis=0)
+    gram = (
+        ((transpose(all_B) @ all_B) * (all_A @ transpose(all_A)))
+        .reshape(-1, size, size)
+        .sum(axis=0)
+    )
     diagonals = np.ones((rank + 1, size))
     diagonals[:, size - rank :] = np.tri(rank + 1, rank, -1)
     squares: Float64Array = ((diagonals @ gram) * diagonals).sum(axis=-1)
@@ -305,7 +309,7 @@ def inner_products(factors: Sequence[tuple[Array, Array]]) -> Float64Array:
     products = np.empty((len(pairs), len(pairs)))
     for i, (A_i, B_i) in enumerate(pairs):
         for j, (A_j, B_j) in enumerate(pairs[: i + 1]):
-            product = (B_i.mT @ B_j) * (A_i @ A_j.mT)
+            product = (transpose(B_i) @ B_j) * (A_i @ transpose(A_j))
             products[i, j] = products[j, i] = product.sum()
     return products
 
