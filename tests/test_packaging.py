@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import matryoshka_lora
+from tools.release_metadata import project_urls, readme_for_index
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -82,6 +83,23 @@ def test_every_import_of_the_package_is_declared() -> None:
     for file in (ROOT / "src").rglob("*.py"):
         undeclared = set(imported_packages(file)) - declared - sys.stdlib_module_names
         assert not undeclared, file.name
+
+
+def test_readme_of_an_index_has_absolute_links_to_files_of_the_repository() -> None:
+    page = readme_for_index(
+        (ROOT / "README.md").read_text(encoding="utf-8"), "https://x.org/a/b", "v1"
+    )
+    targets = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert "<" not in re.sub(r"<!--.*?-->", "", page)  # an index removes tags that it does not know
+    assert all(target.startswith(("https://", "#")) for target in targets)
+    paths = [
+        match[1]
+        for target in targets
+        if (match := re.match(r"https://x.org/a/b/\w+/v1/([^#]+)", target))
+    ]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
+    assert set(tomllib.loads(project_urls("https://x.org/a/b", "v1"))) == {"project"}
 
 
 @pytest.mark.parametrize("name", matryoshka_lora.__all__)

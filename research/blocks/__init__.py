@@ -7,6 +7,7 @@ returns Markdown; its name is the name of the block.
 from __future__ import annotations
 
 from research.blocks import (
+    command_line,
     concepts,
     file_verbs,
     performance,
@@ -20,6 +21,7 @@ from research.blocks.shared import BLOCKS
 
 __all__ = [
     "BLOCKS",
+    "command_line",
     "concepts",
     "file_verbs",
     "performance",
