@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -16,10 +15,8 @@ from research import stats
 from research.blocks.shared import (
     block,
     difference,
-    in_paper_regime,
     median_and_lowest,
-    nats,
-    p_kept_minus_lora,
+    percent,
     points,
     price,
     read,
@@ -27,11 +24,12 @@ from research.blocks.shared import (
     table,
 )
 from research.curves import curves, of_method, reference_accuracies
-from research.looks import LOW_NAMES, TRAINED
-from research.stats import accuracy_at, loss_at
+from research.looks import LOW_NAMES, NAMES, TRAINED
+from research.stats import accuracy_at
 from research.study import LORA_EACH
 
 _README_RANKS = (1, 2, 3, 4, 8)
+_ORDINARY_RANKS = (1, 2, 4, 8, 32)
 
 
 @block
@@ -47,11 +45,26 @@ def readme_table() -> str:
 
 
 @block
+def readme_ordinary() -> str:
+    """The second table of README: a task where rank matters less."""
+    rows = [
+        [
+            NAMES[method],
+            *(
+                percent("ordinary", method, accuracy_at(rank), "family_relationships")
+                for rank in _ORDINARY_RANKS
+            ),
+            *price("ordinary", method),
+        ]
+        for method in ("lora/svd", "lora-longer/svd")
+    ]
+    heading = ["right answers in %", *(f"rank {rank}" for rank in _ORDINARY_RANKS)]
+    return table([*heading, "tokens", "seconds"], rows)
+
+
+@block
 def readme_findings() -> str:
-    """The bullets below the table: harder tests, what the rivals are, and P."""
-    trained, of_more, lora = (
-        _median_at_rank_2("low-capacity", name) for name in (TRAINED, "lora/trained-1.0", LORA_EACH)
-    )
+    """The bullets below the tables: rivals, harder tests, and files."""
     num_seeds = [len(of_method(study, TRAINED)) for study in ("low-capacity", "low-512")]
     minus_squeezed = [
         " and ".join(
@@ -62,46 +75,22 @@ def readme_findings() -> str:
     ]
     references = reference_accuracies(1)
     shares = stats.values(curves("low-256"), TRAINED, accuracy_at(1)).values()
-    family = nats("ordinary", TRAINED, loss_at(1), "family_relationships", "lora/svd")
-    gain = points(p_kept_minus_lora(accuracy_at(1)))
-    truncated, sums, facts = (
-        points(in_paper_regime(f"matryoshka-authors/{kind}", other, accuracy_at(1), task), "+")
-        for kind, other, task in (
-            ("kept", "lora-authors/prefix", "chain_sum"),
-            ("svd", "lora-authors/svd", "chain_sum"),
-            ("svd", "lora-authors/svd", "facts-128"),
-        )
-    )
     file = read("benchmarks/results/reorder.json")["whole file, R = 64"]
     sentences = [
+        "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
+        f"means at the ranks 1 and 2, in points: {minus_squeezed[0]}.",
+        f"  [Harder](docs/results.md#where-rank-matters): with fewer trainable parameters "
+        f"{minus_squeezed[1]} ({num_seeds[0]} seeds); with 512 facts {minus_squeezed[2]} "
+        f"({num_seeds[1]} seeds).",
+        f"* **LoRA trained at rank 1** has {min(references):.1f} to {max(references):.1f} %, with "
+        f"the best of nine rates and three warmups. `train_ranks` has {100 * min(shares):.1f} to "
+        f"{100 * max(shares):.1f} %.",
         "* **Shrinking** a file of random factors in Flux's shapes from "
         f"{file['read']['bytes'] / 1e6:.0f} to {file['rank']['bytes'] / 1e6:.0f} MB, rank 64 to "
         f"8, takes {file['rank']['cpu_seconds']:.0f} seconds of CPU time. "
         "[Other tools](docs/performance.md#files).",
-        "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
-        f"means at the ranks 1 and 2, in points: {minus_squeezed[0]}.",
-        f"  With fewer trainable parameters {minus_squeezed[1]} ({num_seeds[0]} seeds); with 512 "
-        f"facts {minus_squeezed[2]} ({num_seeds[1]} seeds).",
-        f"* **With fewer trainable parameters**, `train_ranks` has {trained} % at rank 2, "
-        f"{of_more} % with `max_examples=1.0`, and LoRA trained at rank 2 {lora} % (medians).",
-        f"* **LoRA trained at rank 1** has {min(references):.1f} to {max(references):.1f} %, with "
-        f"the best of nine rates and three warmups. `train_ranks` has {100 * min(shares):.1f} to "
-        f"{100 * max(shares):.1f} %.",
-        "* **An ordinary task**: on `family_relationships`, with the whole model, `train_ranks` of "
-        f"version 0.4 changes the loss at rank 1 by {family} nats.",
-        "* **P.** At one rate, adapters trained with the diagonal P of the [paper]"
-        "(https://arxiv.org/abs/2605.07850), truncated to rank 1 with P multiplied in,",
-        f"  have {gain} points more than LoRA on sums. With [the paper's settings]"
-        "(docs/results.md#the-papers-own-regime), each at its best rate, the difference is",
-        f"  {truncated}. After `reorder`, it is {sums} there and {facts} on 128 facts "
-        "(three seeds each).",
     ]
     return "\n".join(sentences)
-
-
-def _median_at_rank_2(study: str, method: str) -> str:
-    shares = stats.values(curves(study), method, accuracy_at(2)).values()
-    return f"{100 * median(shares):.1f}"
 
 
 @block
