@@ -18,7 +18,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from matryoshka_lora.bundled_model import BUNDLED_MODEL
-from matryoshka_lora.errors import optional_imports
 from matryoshka_lora.evaluation.plot import plot_evaluation
 from matryoshka_lora.evaluation.results import Evaluation, Metric, TaskResult
 from matryoshka_lora.peft.adapter import NestedAdapter
@@ -89,9 +88,6 @@ def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
             ``curve.png``.
         num_steps: The number of optimizer steps.
     """
-    with optional_imports():  # before the training, which takes minutes
-        import matplotlib  # noqa: F401
-
     output.mkdir(parents=True)
     numbers = country_numbers()
     base_path = output / "base"

@@ -9,7 +9,6 @@ from helpers.loras import random_lora
 
 from matryoshka_lora.lora.contents import (
     PartInfo,
-    layers_by_kind,
     layers_by_part,
     modules_by_kind,
 )
@@ -36,7 +35,6 @@ def test_convolutions_and_kinds_are_counted() -> None:
     lora = random_lora({"lora_unet_a": (6, 6), "lora_unet_b": (6, 6, 3, 3)})
     layers = [lora.layers[0], replace(lora.layers[1], kind="LoKr")]
     assert layers_by_part(layers) == {"unet": PartInfo(layers=2, convolutions=1)}
-    assert layers_by_kind(layers) == {"LoRA": 1, "LoKr": 1}
 
 
 DOWN_UP = ("lora_down.weight", "lora_up.weight")

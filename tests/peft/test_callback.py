@@ -27,7 +27,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTConfig
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Rule
-from matryoshka_lora.peft.callback import NestingCallback
 from matryoshka_lora.rules import RULES
 
 P = oracle.trained_p(list(NESTING.ranks), NESTING.scaling, NESTING.scale)
@@ -177,20 +176,6 @@ def test_bf16_on_a_cpu_without_its_instructions_is_a_warning(
             trainer.args, trainer.state, trainer.control, model=adapter.model
         )
     assert any("bfloat16" in str(warning.message) for warning in caught) == is_slow
-
-
-def test_training_does_not_begin_if_the_output_exists(tmp_path: Path) -> None:
-    adapter = make_adapter()
-    adapter.save(tmp_path / "adapter")
-    trainer = make_trainer("sft", adapter.model, tmp_path / "run")
-    trainer.add_callback(adapter.callback(tmp_path / "adapter"))
-    with pytest.raises(MatryoshkaError, match="exists"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-    trainer.pop_callback(NestingCallback)
-    trainer.add_callback(adapter.callback())
-    trainer.train()
-    adapter.save(tmp_path / "adapter", force=True)
 
 
 @pytest.mark.parametrize("case", ["inactive", "another model"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,6 +119,7 @@ def evaluate(
         from matryoshka_lora.evaluation.tasks import add_results, load_data, load_task, run_task
         from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
         from matryoshka_lora.peft.load import load
+        from matryoshka_lora.tensors import restored_modes
 
     # It also selects the device of this process.
     if not PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
@@ -146,7 +147,8 @@ def evaluate(
         settings, ranks, {rank: lora.truncate(rank).file_size for rank in ranks}
     )
     lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
-    with _restore_rank_and_mode(nested):
+    with restored_modes(nested.model), ExitStack() as stack:
+        stack.callback(nested.set_rank, nested.rank)
         lm = ManyRanksLM(nested, tokenizer, lm_ranks, max_batch_tokens, progress)
         if any(isinstance(e, Mapping) and not isinstance(e.get("prompt"), str) for e in examples):
             lm.add_bos_token = False  # the chat template writes it, if training had it
@@ -213,19 +215,6 @@ def _rank_0_is_base_model(lora: Lora) -> bool:
     if lora.config.get("modules_to_save") or lora.config.get("trainable_token_indices"):
         return False
     return bool(lora.config.get("bias", "none") == "none")
-
-
-@contextmanager
-def _restore_rank_and_mode(adapter: NestedAdapter) -> Iterator[None]:
-    """Restore the rank, and train or eval mode of each module, at the end."""
-    from matryoshka_lora.tensors import restored_modes  # imports torch
-
-    rank = adapter.rank
-    with restored_modes(adapter.model):
-        try:
-            yield
-        finally:
-            adapter.set_rank(rank)
 
 
 def _log_values(evaluation: Evaluation, task: str) -> None:

@@ -115,8 +115,7 @@ class _Patterns:
                 f"{name}: rank_pattern and alpha_pattern must be objects, got {short(patterns)}. "
                 "Save the adapter again."
             )
-        self._full_names: dict[str, tuple[int, Any]] = {}
-        self._endings: dict[str, tuple[int, Any]] = {}
+        self._literals: dict[str, tuple[int, Any]] = {}
         self._expressions: list[tuple[int, re.Pattern[str], Any]] = []
         for index, (pattern, value) in enumerate((patterns or {}).items()):
             literal = _LITERAL.fullmatch(pattern)
@@ -124,17 +123,13 @@ class _Patterns:
                 expression = _compile(pattern, name)
                 self._expressions.append((index, expression, value))
                 continue
-            names = self._full_names if literal["anchor"] else self._endings
-            names.setdefault(re.sub(r"\\(.)", r"\1", literal["name"]), (index, value))
-        self._lengths = {len(ending) for ending in self._endings}
+            key = literal["anchor"] + re.sub(r"\\(.)", r"\1", literal["name"])
+            self._literals.setdefault(key, (index, value))
 
     def get(self, name: str, default: Any) -> Any:
         """Return the value of the first pattern that matches a name."""
-        matches = [self._full_names[name]] if name in self._full_names else []
-        for length in self._lengths:
-            start = len(name) - length
-            if start == 0 or (start > 0 and name[start - 1] == "."):
-                matches += [self._endings[name[start:]]] if name[start:] in self._endings else []
+        keys = [f"^{name}", name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
+        matches = [self._literals[key] for key in keys if key in self._literals]
         for index, expression, value in self._expressions:
             if expression.match(name):
                 matches.append((index, value))

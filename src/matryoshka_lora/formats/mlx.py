@@ -11,10 +11,10 @@ from typing import Any
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
 from matryoshka_lora.formats.runtimes import name_in_block, read_base_config
 from matryoshka_lora.formats.safetensors_io import create_safetensors, error_metadata
-from matryoshka_lora.linalg.factors import pad_end
-from matryoshka_lora.lora.layer import Factors, Layer, TensorInfo
+from matryoshka_lora.lora.layer import TensorInfo
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import Written
+from matryoshka_lora.lora.truncate import with_ranks
 from matryoshka_lora.registry import Target
 
 
@@ -30,10 +30,12 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
     rank = lora.max_rank
     scales = {layer.scale for layer in lora.layers}
     scale = scales.pop() if len(scales) == 1 else lora.new_scale
-    layers = tuple(_padded(layer.with_scale(scale), rank) for layer in lora.layers)
-    lora = replace(lora, layers=layers)
+    layers = tuple(layer.with_scale(scale) for layer in lora.layers)
+    # Ordered factors are padded, and not reordered.
+    lora = replace(lora, layers=layers, order=lora.order or "svd")
+    lora = with_ranks(lora, dict.fromkeys(lora.ranks, rank))
     tensors: dict[str, TensorInfo] = {}
-    for layer in layers:
+    for layer in lora.layers:
         tensors[f"{layer.name}.lora_a"] = TensorInfo(layer.dtype, layer.shape_A[::-1])
         tensors[f"{layer.name}.lora_b"] = TensorInfo(layer.dtype, layer.shape_B[::-1])
     written = Written(lora.ranks)
@@ -50,23 +52,11 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
             "rank": rank,
             "scale": scale,
             "dropout": 0.0,
-            "keys": sorted({name_in_block(layer.name) for layer in layers}),
+            "keys": sorted({name_in_block(layer.name) for layer in lora.layers}),
         },
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return written
-
-
-def _padded(layer: Layer, rank: int) -> Layer:
-    missing = rank - layer.rank
-    if missing == 0:
-        return layer
-
-    def pad(factors: Factors) -> Factors:
-        A, B = pad_end(factors.A, missing, axis=-2), pad_end(factors.B, missing, axis=-1)
-        return factors._replace(A=A, B=B, squared_errors=factors.padded_errors(rank))
-
-    return layer.map(pad, rank=rank)
 
 
 def missing_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:

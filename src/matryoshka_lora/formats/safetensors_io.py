@@ -130,17 +130,17 @@ class SafetensorsWriter:
         self._stream.seek(self._header_size + self._offsets[key])
         self._stream.write(data.reshape(-1).view(np.uint8).data)
 
-    def update_hashes(self) -> None:
-        """Renew the hashes of the tensors that the metadata hold, after all have been written."""
+    def finish(self) -> None:
+        """Renew the hashes of the tensors in the metadata, and write the header.
+
+        Values of ``metadata`` may have changed, but not their length.
+        """
         keys = HASH_PREFIXES.keys() & self.metadata.keys()
         if keys:
             self._stream.seek(self._header_size)
             digest = hashlib.file_digest(self._stream, "sha256").hexdigest()
             for key in keys:
                 self.metadata[key] = HASH_PREFIXES[key] + digest
-
-    def write_header(self) -> None:
-        """Write the header. Values of ``metadata`` may have changed, but not their length."""
         header, _ = _build_header(self._tensors, self.metadata)
         assert len(header) == self._header_size  # a longer one would overwrite tensors
         self._stream.seek(0)
@@ -162,8 +162,7 @@ def create_safetensors(
     with open(file, "x+b") as stream:
         writer = SafetensorsWriter(stream, tensors, dict(metadata))
         yield writer
-        writer.update_hashes()
-        writer.write_header()
+        writer.finish()
 
 
 def lora_file_size(lora: Lora) -> int:

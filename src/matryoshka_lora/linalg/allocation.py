@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -49,31 +48,17 @@ class LayerSpectrum:
         return sums
 
 
-class _Component(NamedTuple):
-    """A component of a layer. Sorting begins with the largest gain.
+def _components_by_gain(layers: Mapping[str, LayerSpectrum]) -> list[tuple[str, float]]:
+    """Return the layer and the square of each component, the largest gain per parameter first.
 
-    Attributes:
-        negative_gain: Its squared singular values per parameter, negative.
-        position: Its index in the layer, from 0.
-        layer: The name of its layer.
-        square: The sum of its squared singular values over the experts.
+    The first component of each layer is left out, and so are components of zero.
     """
-
-    negative_gain: float
-    position: int
-    layer: str
-    square: float
-
-
-def _components_by_gain(layers: Mapping[str, LayerSpectrum]) -> list[_Component]:
-    """Return all components but the first of each layer; none that is zero."""
-    components: list[_Component] = []
+    components: list[tuple[float, int, str, float]] = []
     for name, layer in layers.items():
         for position, square in enumerate(layer.squares[: layer.max_rank]):
             if position > 0 and square > 0:
-                gain = square / layer.parameters_per_rank
-                components.append(_Component(-gain, position, name, square))
-    return sorted(components)
+                components.append((-square / layer.parameters_per_rank, position, name, square))
+    return [(name, square) for _, _, name, square in sorted(components)]
 
 
 def ranks_for_error(
@@ -98,11 +83,11 @@ def ranks_for_error(
     if total is None:
         total = squared_sum
     squared_error = squared_sum - sum(layer.squares[0] for layer in layers.values()) + residual
-    for component in _components_by_gain(layers):
+    for name, square in _components_by_gain(layers):
         if squared_error <= max_error**2 * total:
             break
-        ranks[component.layer] += 1
-        squared_error -= component.square
+        ranks[name] += 1
+        squared_error -= square
     return ranks
 
 
@@ -131,8 +116,8 @@ def ranks_for_size(
 
     def ranks_with(count: int) -> dict[str, int]:
         ranks = dict.fromkeys(layers, 1)
-        for component in components[:count]:
-            ranks[component.layer] += 1
+        for name, _ in components[:count]:
+            ranks[name] += 1
         return ranks
 
     def size_with(count: int) -> int:

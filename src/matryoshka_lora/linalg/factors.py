@@ -240,16 +240,12 @@ def truncation_errors(A: Array, B: Array, scales: Sequence[float]) -> Float64Arr
     Returns:
         ``|s_R B A - s_r B[:, :r] A[:r]|^2`` for r from 0 to R, shape (R + 1,), float64.
     """
-    # |B diag(d) A|^2 = d^T G d with G = (B^T B) * (A A^T). A row of d is the difference of the
-    # diagonals of rank R and of a rank from 0 on.
+    # A row is the difference of the diagonals of rank R and of a rank from 0 on.
     rank = len(scales)
-    A, B = A.astype(np.float64), B.astype(np.float64)
-    gram = ((transpose(B) @ B) * (A @ transpose(A))).reshape(-1, rank, rank).sum(axis=0)
     column_scales = np.array([0.0, *scales])[:, None]
     diagonals = np.where(np.arange(rank) < np.arange(rank + 1)[:, None], column_scales, 0.0)
-    missing = diagonals[-1] - diagonals
-    squares: Float64Array = ((missing @ gram) * missing).sum(axis=-1)
-    return np.maximum(squares, 0.0)  # cancellation may leave small negative numbers
+    A, B = A.astype(np.float64), B.astype(np.float64)
+    return _squared_norms(A, B, diagonals[-1] - diagonals)
 
 
 def approximation_errors(target: tuple[Array, Array], A: Array, B: Array) -> Float64Array:
@@ -263,16 +259,21 @@ def approximation_errors(target: tuple[Array, Array], A: Array, B: Array) -> Flo
     Returns:
         ``|B_target A_target - B[:, :r] A[:r]|^2`` for r from 0 to k, shape (k + 1,), float64.
     """
-    # The difference is the concatenated factors with a diagonal d between them: d^T G d as above.
+    # The difference is the concatenated factors with a diagonal between them.
     all_A, all_B = weighted_sum([target, (A, B)], [1.0, -1.0])
     size, rank = all_A.shape[-2], A.shape[-2]
-    gram = (
-        ((transpose(all_B) @ all_B) * (all_A @ transpose(all_A)))
-        .reshape(-1, size, size)
-        .sum(axis=0)
-    )
     diagonals = np.ones((rank + 1, size))
     diagonals[:, size - rank :] = np.tri(rank + 1, rank, -1)
+    return _squared_norms(all_A, all_B, diagonals)
+
+
+def _squared_norms(A: Float64Array, B: Float64Array, diagonals: Float64Array) -> Float64Array:
+    """Return ``|B diag(d) A|^2`` for each row d, summed over experts.
+
+    It is ``d^T G d``, with ``G = (B^T B) * (A A^T)`` elementwise.
+    """
+    gram = (transpose(B) @ B) * (A @ transpose(A))
+    gram = gram.reshape(-1, *gram.shape[-2:]).sum(axis=0)
     squares: Float64Array = ((diagonals @ gram) * diagonals).sum(axis=-1)
     return np.maximum(squares, 0.0)  # cancellation may leave small negative numbers
 

@@ -41,11 +41,6 @@ class PartInfo:
     convolutions: int
 
 
-def layers_by_kind(layers: Iterable[Layer]) -> dict[str, int]:
-    """Return how many layers are of each kind: ``"LoRA"``, ``"LoHa"`` or ``"LoKr"``."""
-    return dict(Counter(layer.kind for layer in layers))
-
-
 def layers_by_part(layers: Iterable[Layer]) -> dict[str, PartInfo]:
     """Return how many layers each part of a pipeline has; ``""`` is the part of other names.
 

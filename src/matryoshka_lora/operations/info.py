@@ -18,7 +18,6 @@ from matryoshka_lora.linalg.allocation import LayerSpectrum, rank_for_share
 from matryoshka_lora.linalg.factors import relative_errors
 from matryoshka_lora.lora.contents import (
     PartInfo,
-    layers_by_kind,
     layers_by_part,
     modules_by_kind,
 )
@@ -164,8 +163,8 @@ class LoraInfo:
 
     @property
     def layers_by_kind(self) -> dict[str, int]:
-        """The number of layers of each kind, such as ``"LoRA"``; see `layers_by_kind`."""
-        return layers_by_kind(self.lora.layers)
+        """The number of layers of each kind: ``"LoRA"``, ``"LoHa"`` or ``"LoKr"``."""
+        return dict(Counter(layer.kind for layer in self.lora.layers))
 
     @property
     def parts(self) -> dict[str, PartInfo]:

@@ -314,20 +314,16 @@ class NestedAdapter:
         state.order.may_have_changed = True  # a compiled forward does not show
         state.train_diagonal = diagonal
 
-    def callback(self, output: PathLike | None = None) -> NestingCallback:
+    def callback(self) -> NestingCallback:
         """Return the Trainer callback that draws the diagonal of each step.
 
         A rule that draws, such as ``"dylora"``, needs it. With another rule, it only checks the
-        settings of the Trainer, and `output`.
-
-        Args:
-            output: Where the adapter will be saved. If this path exists, that is an error when the
-                training begins, instead of at its end. Omit it if `save` will overwrite the path.
+        settings of the Trainer.
         """
         # transformers' Trainer is slow to import.
         from matryoshka_lora.peft.callback import NestingCallback
 
-        return NestingCallback(self, output)
+        return NestingCallback(self)
 
     def layer_factors(self) -> FactorParameters:
         """Return the parameters A and B of each layer, in PEFT's own layout.

@@ -9,7 +9,6 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from matryoshka_lora.atomic import PathLike, check_output, is_occupied
 from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.peft.lora_layers import factor_parameters, lora_layers
 from matryoshka_lora.tensors import cpu_has_bf16
@@ -27,12 +26,10 @@ class NestingCallback(TrainerCallback):
 
     Args:
         adapter: The adapter.
-        output: Where the adapter will be saved. Training does not begin if this path exists.
     """
 
-    def __init__(self, adapter: NestedAdapter, output: PathLike | None = None) -> None:
+    def __init__(self, adapter: NestedAdapter) -> None:
         self.adapter = adapter
-        self._output = output
         # A checkpoint has states of callbacks, by their names.
         self._state_key = f"matryoshka_lora/{adapter.name}"
 
@@ -49,12 +46,6 @@ class NestingCallback(TrainerCallback):
             raise MatryoshkaError(
                 "One process cannot train nested layers on several GPUs. Start the script with "
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
-            )
-        if self._output is not None and is_occupied(check_output(self._output, force=True)):
-            raise MatryoshkaError(
-                f"{self._output} already exists, so the trained adapter could not be saved there. "
-                "Pass another path. To replace an earlier adapter, call `adapter.callback()` "
-                "without a path, and `adapter.save` with force=True."
             )
         trained_layers = {layer for _, layer in lora_layers(kwargs["model"], adapter.name)}
         is_active = adapter.name in adapter.active_adapters
