@@ -1,13 +1,16 @@
-"""The four nodes. They call `matryoshka_lora`, whose plain install needs NumPy and no torch."""
+"""The five nodes. They call `matryoshka_lora`, whose plain install needs NumPy and no torch."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any, Literal
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal, get_args
 
 import comfy.sd
 import folder_paths
+import numpy as np
 import safetensors.torch
 
 import matryoshka_lora as ml
@@ -20,8 +23,12 @@ from .files import (
     open_as_loaded,
     output_path,
     report_saved,
+    source_path,
 )
 from .patches import collect_loras
+from .progress import with_progress
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 CATEGORY = "matryoshka-lora"
 MAX_RANK = 4096
@@ -41,6 +48,10 @@ def strength_input(tooltip: str) -> tuple[str, dict[str, Any]]:
 
 def lora_input(tooltip: str) -> tuple[list[str], dict[str, Any]]:
     return (lora_names(), {"tooltip": tooltip})
+
+
+def dtype_input(tooltip: str) -> tuple[list[str], dict[str, Any]]:
+    return (list(get_args(Dtype)), {"tooltip": f"The dtype of the factors. auto: {tooltip}"})
 
 
 def save_inputs(filename: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -109,7 +120,8 @@ class MatryoshkaShrinkLora:
                     },
                 ),
                 **save_inputs("small"),
-            }
+            },
+            "optional": {"dtype": dtype_input("the one of the file.")},
         }
 
     @classmethod
@@ -125,15 +137,18 @@ class MatryoshkaShrinkLora:
         megabytes: float,
         filename: str,
         overwrite: bool,
+        dtype: Dtype = "auto",
     ) -> dict[str, Any]:
         path = output_path(filename, overwrite)
-        lora = open_as_loaded(lora_name)
+        # Error and size need the singular values of all layers first.
+        [lora] = with_progress([open_as_loaded(lora_name)], passes=1 if by == "rank" else 2)
         result = ml.export(
             lora,
             path,
             rank=rank if by == "rank" else None,
             error=error_percent / 100 if by == "error" else None,
             max_bytes=round(megabytes * 1e6) if by == "megabytes" else None,
+            dtype=None if dtype == "auto" else dtype,
             force=overwrite,
         )
         before = f"before: {format_ranks(lora.ranks)}, {format_size(lora.size)}"
@@ -146,7 +161,8 @@ class MatryoshkaCombineLoras:
 
     DESCRIPTION = (
         "Saves the weighted sum of two LoRA files as one file. The sum is exact at rank 0; at a "
-        "rank it is the closest one."
+        "rank it is the closest one. For a third file, combine it with the saved sum: at rank 0 "
+        "and dtype fp32 the result is exact too."
     )
     CATEGORY = CATEGORY
     FUNCTION = "combine"
@@ -163,7 +179,8 @@ class MatryoshkaCombineLoras:
                 "weight_2": strength_input("The strength of the second LoRA."),
                 "rank": rank_input(0, 0, "The rank of the sum. 0 keeps all of it."),
                 **save_inputs("combined"),
-            }
+            },
+            "optional": {"dtype": dtype_input("the one of the files, and fp32 if they differ.")},
         }
 
     @classmethod
@@ -179,9 +196,13 @@ class MatryoshkaCombineLoras:
         rank: int,
         filename: str,
         overwrite: bool,
+        dtype: Dtype = "auto",
     ) -> dict[str, Any]:
-        sources = [open_as_loaded(lora_name_1), open_as_loaded(lora_name_2)]
         path = output_path(filename, overwrite)
+        # The second pass computes the cosine.
+        sources = with_progress([open_as_loaded(lora_name_1), open_as_loaded(lora_name_2)], 2)
+        if dtype != "auto":
+            sources = [source.cast(dtype) for source in sources]
         weights = [weight_1, weight_2]
         result = ml.combine(sources, path, weights, rank or "sum", force=overwrite)
         lines = report_saved(path, ml.open(path).ranks, result.errors)
@@ -206,13 +227,7 @@ class MatryoshkaSaveLoraStack:
             "required": {
                 "model": ("MODEL", {"tooltip": "The model after the last LoRA loader."}),
                 "rank": rank_input(0, 0, "The rank of the file. 0 keeps all of the sum."),
-                "dtype": (
-                    ["auto", "fp32", "bf16", "fp16"],
-                    {
-                        "tooltip": "The dtype of the factors. auto: the one of the LoRAs, and fp32 "
-                        "if they differ."
-                    },
-                ),
+                "dtype": dtype_input("the one of the LoRAs, and fp32 if they differ."),
                 **save_inputs("stack"),
             },
             "optional": {
@@ -224,13 +239,14 @@ class MatryoshkaSaveLoraStack:
         self,
         model: Any,
         rank: int,
-        dtype: Literal["auto", "fp32", "bf16", "fp16"],
+        dtype: Dtype,
         filename: str,
         overwrite: bool,
         clip: Any = None,
     ) -> dict[str, Any]:
         path = output_path(filename, overwrite)
-        lora = collect_loras(model, clip)
+        # The first pass finds the ranks.
+        [lora] = with_progress([collect_loras(model, clip)], passes=2)
         if dtype != "auto":
             lora = lora.cast(dtype)
         max_rank = min(rank or lora.max_rank, lora.max_rank)
@@ -239,17 +255,30 @@ class MatryoshkaSaveLoraStack:
         return {"ui": ui_text([*lines, f"{len(result.ranks)} layers"])}
 
 
+def keep_factors(lora: ml.Lora) -> ml.Lora:
+    """Return a LoRA that keeps the factors of each layer in memory, in float32, once read."""
+
+    def to_float32(factors: ml.Factors) -> ml.Factors:
+        return factors._replace(A=factors.A.astype(np.float32), B=factors.B.astype(np.float32))
+
+    layers = [layer.map(to_float32) for layer in lora.layers]
+    return replace(lora, layers=tuple(replace(layer, read=cache(layer.read)) for layer in layers))
+
+
 class MatryoshkaLoadLoraAtRank:
     """Load a LoRA at a rank, to see what the rank does before a file is saved."""
 
     DESCRIPTION = (
         "Loads a LoRA as if its file had been shrunk to a rank. No file is saved. A rank above "
-        "that of the file is the whole LoRA."
+        "that of the file is the whole LoRA. Another rank of the same file takes little time."
     )
     CATEGORY = CATEGORY
     FUNCTION = "load"
     RETURN_TYPES = ("MODEL", "CLIP")
     OUTPUT_TOOLTIPS = ("The model with the LoRA.", "The text encoders with the LoRA.")
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[object, ...], ml.Lora] | None = None
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -268,6 +297,21 @@ class MatryoshkaLoadLoraAtRank:
     def IS_CHANGED(cls, lora_name: str, **_inputs: Any) -> Any:
         return modification_times([lora_name])
 
+    def _open(self, lora_name: str) -> ml.Lora:
+        """Return a LoRA. The node keeps its decomposition until another file is chosen."""
+        path = source_path(lora_name)
+        stat = path.stat()
+        version = (path, stat.st_mtime_ns, stat.st_size)
+        if self._kept is None or self._kept[0] != version:
+            self._kept = None  # its memory is free before the next one is read
+            lora = open_as_loaded(lora_name)
+            # LoHa and LoKr are decomposed for each rank: their factors may be as large as the
+            # model.
+            if all(layer.kind == "LoRA" for layer in lora.layers):
+                lora = keep_factors(lora.reorder())
+            self._kept = (version, lora)
+        return self._kept[1]
+
     def load(
         self,
         model: Any,
@@ -277,7 +321,7 @@ class MatryoshkaLoadLoraAtRank:
         strength_clip: float,
         clip: Any = None,
     ) -> dict[str, Any]:
-        lora = open_as_loaded(lora_name)
+        [lora] = with_progress([self._open(lora_name)], passes=1)
         small = lora.at_rank(min(rank, lora.max_rank))
         parent = folder_paths.get_temp_directory()
         os.makedirs(parent, exist_ok=True)
@@ -292,15 +336,62 @@ class MatryoshkaLoadLoraAtRank:
         return {"ui": ui_text(lines), "result": loaded}
 
 
+class MatryoshkaLoraRanks:
+    """List ranks, so that one run of the graph makes a picture at each."""
+
+    DESCRIPTION = (
+        "Lists ranks of a LoRA. Connect it to the rank of Load LoRA at rank: one run then makes a "
+        "picture at each rank, in this order. Image Grid puts them on one sheet."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "list_ranks"
+    RETURN_TYPES = ("INT",)
+    RETURN_NAMES = ("ranks",)
+    OUTPUT_IS_LIST = (True,)
+    OUTPUT_TOOLTIPS = ("The ranks, one after the other.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "lora_name": lora_input("The same LoRA as in Load LoRA at rank."),
+                "ranks": (
+                    "STRING",
+                    {
+                        "default": "1, 2, 4, 8, 16, 32, 64, 128, 256",
+                        "tooltip": "The ranks. Those above the rank of the file are listed once, "
+                        "as its rank: the whole LoRA.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name: str, **_inputs: Any) -> Any:
+        return modification_times([lora_name])
+
+    def list_ranks(self, lora_name: str, ranks: str) -> dict[str, Any]:
+        max_rank = ml.open(source_path(lora_name)).max_rank
+        try:
+            values = [int(rank) for rank in ranks.split(",")]
+        except ValueError as error:
+            raise ml.MatryoshkaError(f"{ranks!r:.80} is not a list of ranks such as 1, 4, 16.") from error
+        values = list(dict.fromkeys(min(value, max_rank) for value in values))
+        text = f"{', '.join(map(str, values))} of {max_rank}"
+        return {"ui": ui_text([text]), "result": (values,)}
+
+
 NODE_CLASS_MAPPINGS = {
     "MatryoshkaShrinkLora": MatryoshkaShrinkLora,
     "MatryoshkaCombineLoras": MatryoshkaCombineLoras,
     "MatryoshkaSaveLoraStack": MatryoshkaSaveLoraStack,
     "MatryoshkaLoadLoraAtRank": MatryoshkaLoadLoraAtRank,
+    "MatryoshkaLoraRanks": MatryoshkaLoraRanks,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "MatryoshkaShrinkLora": "Shrink LoRA (Matryoshka)",
     "MatryoshkaCombineLoras": "Combine LoRAs (Matryoshka)",
     "MatryoshkaSaveLoraStack": "Save LoRA stack (Matryoshka)",
     "MatryoshkaLoadLoraAtRank": "Load LoRA at rank (Matryoshka)",
+    "MatryoshkaLoraRanks": "LoRA ranks (Matryoshka)",
 }

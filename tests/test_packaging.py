@@ -46,16 +46,21 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"matryoshka_lora-{version}-" in requirements
 
 
-def test_the_nodes_for_comfyui_need_the_plain_install_of_this_version() -> None:
-    nodes = tomllib.loads((ROOT / "comfyui/pyproject.toml").read_text())
-    release = PROJECT["version"].partition(".dev")[0]
-    assert nodes["project"]["version"] == release
-    major, minor, _ = release.split(".")
-    requirement = f"matryoshka-lora>={PROJECT['version']},<{major}.{int(minor) + 1}"
-    assert nodes["project"]["dependencies"] == [requirement]
-    assert (ROOT / "comfyui/requirements.txt").read_text().split() == [requirement]
-    assert nodes["project"]["requires-python"] == PROJECT["requires-python"]
-    assert "comfy" in nodes["tool"]
+def test_the_nodes_for_comfyui_have_this_version_and_install_nothing() -> None:
+    nodes = tomllib.loads((ROOT / "comfyui/pyproject.toml").read_text())["project"]
+    assert nodes["version"] == PROJECT["version"].partition(".dev")[0]
+    assert nodes["requires-python"] == PROJECT["requires-python"]
+    # Before the first release, anyone may register the name of the package.
+    assert nodes["dependencies"] == []
+    assert not (ROOT / "comfyui/requirements.txt").exists()
+
+
+def test_the_nodes_for_comfyui_say_how_to_install_the_package() -> None:
+    without_packages = [sys.executable, "-I", "-S", "-c"]
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import comfyui"
+    run = subprocess.run([*without_packages, code], capture_output=True, text=True)
+    assert "ImportError" in run.stderr
+    assert f"{sys.executable} -m pip install PATH_OF_THE_CLONE" in run.stderr
 
 
 def test_the_base_install_does_not_bring_torch() -> None:

@@ -146,6 +146,33 @@ def save_stack(graph: Graph, after: str, filename: str, **inputs: Any) -> Graph:
     return {**graph, "stack": stack}
 
 
+def combine(first: str, weight_1: float, second: str, weight_2: float, filename: str) -> Graph:
+    return {
+        "combine": node(
+            "MatryoshkaCombineLoras",
+            lora_name_1=f"{first}.safetensors",
+            weight_1=weight_1,
+            lora_name_2=f"{second}.safetensors",
+            weight_2=weight_2,
+            rank=0,
+            filename=filename,
+            overwrite=False,
+        )
+    }
+
+
+def load_at_rank(file: str, rank: Any, strength: float = 1.0) -> Graph:
+    loader = node(
+        "MatryoshkaLoadLoraAtRank",
+        model=["model", 0],
+        lora_name=f"{file}.safetensors",
+        rank=rank,
+        strength_model=strength,
+        strength_clip=1.0,
+    )
+    return {**load_model("wan"), "lora": loader}
+
+
 # MatryoshkaShrinkLora
 
 
@@ -193,22 +220,19 @@ def test_combine_is_the_weighted_sum(server: ComfyServer) -> None:
     first = write_kohya(server.loras / "first.safetensors", WAN_SHAPES, seed=3)
     shapes = {name: WAN_SHAPES[name] for name in ("blocks.0.self_attn.q", "patch_embedding")}
     second = write_kohya(server.loras / "second.safetensors", shapes, seed=4)
-    graph = {
-        "combine": node(
-            "MatryoshkaCombineLoras",
-            lora_name_1="first.safetensors",
-            weight_1=0.5,
-            lora_name_2="second.safetensors",
-            weight_2=-2.0,
-            rank=0,
-            filename="sum",
-            overwrite=False,
-        )
-    }
+    graph = combine("first", 0.5, "second", -2.0, "sum")
     text = server.text_of(graph, "combine")
     expected = {name: 0.5 * update - 2.0 * second.get(name, 0) for name, update in first.items()}
     assert_changed_by(loaded_weights(server, "wan", "sum"), base_weights(server, "wan"), expected)
     assert "error 0.00%" in text
+
+    third = write_kohya(server.loras / "third.safetensors", WAN_SHAPES, seed=18)
+    server.text_of(combine("sum", 1.0, "third", 0.3, "sum-of-three"), "combine")
+    assert_changed_by(
+        loaded_weights(server, "wan", "sum-of-three"),
+        base_weights(server, "wan"),
+        {name: update + 0.3 * third[name] for name, update in expected.items()},
+    )
 
     graph["combine"]["inputs"] |= {"rank": 3, "overwrite": True}
     server.text_of(graph, "combine")
@@ -228,29 +252,11 @@ def test_an_alpha_in_the_metadata_is_ignored_as_in_loaders(server: ComfyServer) 
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
     save_file(tensors, server.loras / "metadata.safetensors", metadata)
     expected = loaded_weights(server, "wan", "metadata")
-    inputs = {"filename": "whole", "overwrite": True}
-    combine = node(
-        "MatryoshkaCombineLoras",
-        lora_name_1="metadata.safetensors",
-        weight_1=0.5,
-        lora_name_2="metadata.safetensors",
-        weight_2=0.5,
-        rank=RANK,
-        **inputs,
-    )
-    server.text_of({"combine": combine}, "combine")
+    server.text_of(combine("metadata", 0.5, "metadata", 0.5, "whole"), "combine")
     weights = loaded_weights(server, "wan", "whole")
     for key, weight in expected.items():
         np.testing.assert_allclose(weights[key], weight, atol=2e-3)
-    graph = load_model("wan")
-    graph["lora"] = node(
-        "MatryoshkaLoadLoraAtRank",
-        model=["model", 0],
-        lora_name="metadata.safetensors",
-        rank=RANK,
-        strength_model=1.0,
-        strength_clip=1.0,
-    )
+    graph = load_at_rank("metadata", RANK)
     weights = server.weights_of(graph, ["lora", 0], "loaded-at-rank")
     for key, weight in expected.items():
         np.testing.assert_allclose(weights[key], weight, atol=2e-3)
@@ -450,18 +456,139 @@ def test_stack_has_the_dtype_of_its_loras(server: ComfyServer) -> None:
 @pytest.mark.parametrize("rank", [1, 4, 100])
 def test_load_at_rank_is_the_closest_lora(server: ComfyServer, rank: int) -> None:
     updates = write_kohya(server.loras / "preview.safetensors", WAN_SHAPES, seed=10)
-    loader = node(
-        "MatryoshkaLoadLoraAtRank",
-        model=["model", 0],
-        lora_name="preview.safetensors",
-        rank=rank,
-        strength_model=-0.4,
-        strength_clip=1.0,
-    )
-    graph = {**load_model("wan"), "lora": loader}
+    graph = load_at_rank("preview", rank, strength=-0.4)
     weights = server.weights_of(graph, ["lora", 0], f"preview-{rank}")
     expected = {name: -0.4 * best_matrix(update, rank) for name, update in updates.items()}
     assert_changed_by(weights, base_weights(server, "wan"), expected)
+
+
+def test_load_at_rank_keeps_the_decomposition_of_one_version_of_a_file(
+    server: ComfyServer,
+) -> None:
+    path = server.loras / "version.safetensors"
+    updates = write_kohya(path, WAN_SHAPES, seed=19)
+    stat = path.stat()
+    base = base_weights(server, "wan")
+
+    def assert_loaded(rank: int) -> None:
+        weights = server.weights_of(load_at_rank("version", rank), ["lora", 0], f"version-{rank}")
+        expected = {name: best_matrix(update, rank) for name, update in updates.items()}
+        assert_changed_by(weights, base, expected)
+
+    assert_loaded(1)
+    new_updates = write_kohya(path, WAN_SHAPES, seed=20)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert_loaded(4)  # the file is not read again
+    os.utime(path)
+    updates = new_updates
+    assert_loaded(2)
+
+
+# MatryoshkaLoraRanks
+
+
+def test_a_list_of_ranks_is_one_run(server: ComfyServer) -> None:
+    updates = write_kohya(server.loras / "sweep.safetensors", WAN_SHAPES, seed=21)
+    graph = load_at_rank("sweep", ["ranks", 0])
+    ranks = node("MatryoshkaLoraRanks", lora_name="sweep.safetensors", ranks="1, 4,8,16")
+    save = node("ModelSave", model=["lora", 0], filename_prefix="sweep")
+    entry = server.run({**graph, "ranks": ranks, "save": save})
+    assert entry["outputs"]["ranks"]["text"] == ["1, 4, 6 of 6"]
+    texts = entry["outputs"]["lora"]["text"]
+    assert [text.partition(",")[0] for text in texts] == ["rank 1", "rank 4", "rank 6"]
+    base = base_weights(server, "wan")
+    for rank, file in zip((1, 4, 6), sorted(server.output.glob("sweep_*")), strict=True):
+        weights = {
+            key.removeprefix("model.diffusion_model."): tensor
+            for key, tensor in load_file(file).items()
+        }
+        expected = {name: best_matrix(update, rank) for name, update in updates.items()}
+        assert_changed_by(weights, base, expected)
+
+
+@pytest.mark.parametrize("ranks", ["", "1, two", "0, 1"])
+def test_ranks_that_are_none_are_errors(server: ComfyServer, ranks: str) -> None:
+    write_kohya(server.loras / "no-ranks.safetensors", WAN_SHAPES, seed=22)
+    graph = load_at_rank("no-ranks", ["ranks", 0])
+    graph["ranks"] = node("MatryoshkaLoraRanks", lora_name="no-ranks.safetensors", ranks=ranks)
+    graph["save"] = node("ModelSave", model=["lora", 0], filename_prefix="no-ranks")
+    assert "rank" in server.error_of(graph)
+
+
+# All nodes
+
+
+@pytest.mark.parametrize("name", ["shrink", "combine"])
+def test_files_have_the_requested_dtype(server: ComfyServer, name: str) -> None:
+    updates = write_kohya(server.loras / "float32.safetensors", WAN_SHAPES, seed=23)
+    graph = shrink("float32", "rank", f"{name}-fp16", rank=RANK)
+    if name == "combine":
+        graph = combine("float32", 0.5, "float32", 0.5, f"{name}-fp16")
+    graph[name]["inputs"]["dtype"] = "fp16"
+    server.text_of(graph, name)
+    saved = load_file(server.loras / f"{name}-fp16.safetensors")
+    dtypes = {tensor.dtype for key, tensor in saved.items() if not key.endswith(".alpha")}
+    assert dtypes == {np.dtype(np.float16)}
+    weights = loaded_weights(server, "wan", f"{name}-fp16")
+    base = base_weights(server, "wan")
+    for layer, update in updates.items():
+        change = (weights[f"{layer}.weight"] - base[f"{layer}.weight"]).reshape(update.shape)
+        np.testing.assert_allclose(change, update, rtol=0, atol=2e-3 * np.abs(update).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("rank", 1), ("error", 2), ("combine", 4), ("stack", 2), ("lora", 1)]
+)
+def test_progress_is_shown_for_each_layer(server: ComfyServer, name: str, passes: int) -> None:
+    file = f"progress-{name}"
+    write_kohya(server.loras / f"{file}.safetensors", WAN_SHAPES, seed=24)
+    graph = shrink(file, name, f"{file}-output")
+    if name == "combine":
+        graph = combine(file, 1.0, file, 1.0, f"{file}-output")
+    elif name == "stack":
+        graph = with_lora(load_model("wan"), file, 1.0, "lora", "model")
+        graph = save_stack(graph, "lora", f"{file}-output")
+    elif name == "lora":
+        graph = load_at_rank(file, 3)
+        graph["save"] = node("ModelSave", model=["lora", 0], filename_prefix=file)
+    progress, end = server.watch(graph)
+    assert end == "execution_success"
+    total = passes * len(WAN_SHAPES)
+    node_id = "shrink" if name in ("rank", "error") else name
+    # Combine reads a layer once more, to see whether the sum is zero.
+    counts = [min(count, total) for count in range(1, len(progress) + 1)]
+    assert progress == [(node_id, count, total) for count in counts]
+    assert counts[-1] == total
+
+
+@pytest.fixture(scope="module")
+def slow_file(server: ComfyServer) -> str:
+    """Write LoHas of rank 400, which take minutes. The rank of a LoRA of this size is smaller."""
+    generator = np.random.default_rng(25)
+    tensors: Tensors = {}
+    for layer in range(100):
+        for weight in ("w1", "w2"):
+            A = generator.standard_normal((20, 1024), dtype=np.float32)
+            B = generator.standard_normal((1024, 20), dtype=np.float32)
+            key = f"lora_unet_blocks_{layer}_ffn_0.hada_{weight}"
+            tensors[f"{key}_a"], tensors[f"{key}_b"] = B.astype("f2"), A.astype("f2")
+    save_file(tensors, server.loras / "slow.safetensors")
+    return "slow"
+
+
+@pytest.mark.parametrize("name", ["shrink", "combine", "lora"])
+def test_cancel_ends_at_the_next_layer(server: ComfyServer, slow_file: str, name: str) -> None:
+    graph = shrink(slow_file, "error", "cancelled")
+    if name == "combine":
+        graph = combine(slow_file, 1.0, slow_file, 1.0, "cancelled")
+    elif name == "lora":
+        graph = load_at_rank(slow_file, 8)
+        graph["save"] = node("ModelSave", model=["lora", 0], filename_prefix="cancelled")
+    before = {path for path in server.loras.parents[1].rglob("*") if path.is_file()}
+    progress, end = server.watch(graph, cancel_at=3)
+    assert end == "execution_interrupted"
+    assert 3 <= len(progress) < 10
+    assert {path for path in server.loras.parents[1].rglob("*") if path.is_file()} == before
 
 
 # Wrong inputs

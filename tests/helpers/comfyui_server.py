@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -12,11 +13,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS, RUN_SECONDS = 300, 120
+ENDS = ("execution_success", "execution_interrupted", "execution_error")
 
 Graph = dict[str, dict[str, Any]]
 """A node's class and inputs by its id. An input [id, index] is the output of another node."""
@@ -121,6 +124,38 @@ class ComfyServer:
         assert "execution_error" in messages, entry["status"]
         message: str = messages["execution_error"]["exception_message"]
         return message
+
+    def watch(self, graph: Graph, cancel_at: int | None = None) -> tuple[list[Any], str]:
+        """Run a graph as the page does, and return what the websocket tells.
+
+        Args:
+            graph: The graph.
+            cancel_at: The value of a progress bar at which Cancel is pressed.
+
+        Returns:
+            The node, value and maximum of each progress message, and the message that ended it.
+        """
+        return asyncio.run(self._watch(graph, cancel_at))
+
+    async def _watch(self, graph: Graph, cancel_at: int | None) -> tuple[list[Any], str]:
+        progress: list[Any] = []
+        async with (
+            aiohttp.ClientSession(self.url) as session,
+            session.ws_connect("/ws?clientId=test") as socket,
+        ):
+            await session.post("/prompt", json={"prompt": graph, "client_id": "test"})
+            async for message in socket:
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    continue  # a preview
+                event = json.loads(message.data)
+                if event["type"] == "progress":
+                    data = event["data"]
+                    progress.append((data["node"], data["value"], data["max"]))
+                    if data["value"] == cancel_at:
+                        await session.post("/interrupt")
+                elif event["type"] in ENDS:
+                    return progress, event["type"]
+        raise RuntimeError(self.log.read_text()[-3000:])
 
     def weights_of(self, graph: Graph, model: list[Any], name: str) -> dict[str, np.ndarray]:
         """Save a model of a graph with ComfyUI's own node, and return its weights."""
