@@ -330,10 +330,10 @@ class MatryoshkaLoadLoraAtRank:
             # Not a memory map: the file is deleted.
             tensors = safetensors.torch.load(result.path.read_bytes())
         loaded = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
-        size = f"{format_size(result.size)}, whole: {format_size(lora.size)}"
+        size = f"{format_size(result.size)} of {format_size(lora.size)}"
         error = result.errors[max(result.errors)]
-        lines = [f"{format_ranks(result.ranks)}, {size}", f"error {error:.2%}"]
-        return {"ui": ui_text(lines), "result": loaded}
+        line = f"{format_ranks(result.ranks)}: {size}, error {error:.2%}"
+        return {"ui": ui_text([line]), "result": loaded}
 
 
 class MatryoshkaLoraRanks:

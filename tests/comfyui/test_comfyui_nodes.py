@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.comfyui_server import ComfyServer, Graph, node
+from helpers.comfyui_server import ROOT, ComfyServer, Graph, node, to_graph
 from helpers.layers import best_matrix
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
@@ -48,12 +50,13 @@ SPLIT_LAYERS = ["to_q", "to_k", "to_v"]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     server = ComfyServer(PYTHON, Path(COMFYUI).resolve(), tmp_path_factory.mktemp("comfyui"))
     try:
-        command = [PYTHON, str(MODELS_SCRIPT), str(server.models)]
+        command = [PYTHON, str(MODELS_SCRIPT), str(server.models.parent)]
         subprocess.run(command, cwd=COMFYUI, check=True, capture_output=True)
         server.wait_until_ready()
         yield server
     finally:
         server.stop()
+        shutil.rmtree(server.checkpoints)  # 300 MB
 
 
 def random_pair(
@@ -495,7 +498,7 @@ def test_a_list_of_ranks_is_one_run(server: ComfyServer) -> None:
     entry = server.run({**graph, "ranks": ranks, "save": save})
     assert entry["outputs"]["ranks"]["text"] == ["1, 4, 6 of 6"]
     texts = entry["outputs"]["lora"]["text"]
-    assert [text.partition(",")[0] for text in texts] == ["rank 1", "rank 4", "rank 6"]
+    assert [text.partition(":")[0] for text in texts] == ["rank 1", "rank 4", "rank 6"]
     base = base_weights(server, "wan")
     for rank, file in zip((1, 4, 6), sorted(server.output.glob("sweep_*")), strict=True):
         weights = {
@@ -504,6 +507,46 @@ def test_a_list_of_ranks_is_one_run(server: ComfyServer) -> None:
         }
         expected = {name: best_matrix(update, rank) for name, update in updates.items()}
         assert_changed_by(weights, base, expected)
+
+
+def test_the_example_makes_a_sheet_of_pictures(server: ComfyServer) -> None:
+    shapes = {
+        f"{block}.1.transformer_blocks.0.attn2.{name}": (320, inputs)
+        for block in ("input_blocks.1", "middle_block")
+        for name, inputs in (("to_q", 320), ("to_v", 768))
+    }
+    write_kohya(server.loras / "lora.safetensors", shapes, seed=26)
+    file = ROOT / "comfyui/example_workflows/ranks_of_a_lora.json"
+    graph = to_graph(json.loads(file.read_text()), server.get("/object_info"))
+    ids = {item["class_type"]: node_id for node_id, item in graph.items()}
+
+    def inputs_of(class_type: str) -> dict[str, Any]:
+        return graph[ids[class_type]]["inputs"]
+
+    inputs_of("CheckpointLoaderSimple")["ckpt_name"] = "sd15.safetensors"
+    inputs_of("MatryoshkaLoadLoraAtRank")["strength_model"] = 9.0
+    inputs_of("EmptyLatentImage").update(width=64, height=64)
+    inputs_of("ImageGrid").update(columns=2, cell_width=64, cell_height=64, padding=0)
+    inputs_of("KSampler")["steps"] = 2
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert entry["outputs"][ids["MatryoshkaLoraRanks"]]["text"] == ["1, 2, 4, 6 of 6"]
+    (saved,) = entry["outputs"][ids["SaveImage"]]["images"]
+    sheet = np.asarray(Image.open(server.output / saved["filename"]).convert("RGB"), dtype=int)
+    assert sheet.shape == (128, 128, 3)
+    pictures = sheet.reshape(2, 64, 2, 64, 3).swapaxes(1, 2).reshape(4, 64, 64, 3)
+    distances = [float(np.abs(picture - pictures[-1]).mean()) for picture in pictures]
+    assert distances == sorted(set(distances), reverse=True)
+    assert len(entry["outputs"][ids["PreviewImage"]]["images"]) == 4
+
+    # The last picture is the one of ComfyUI's own loader.
+    loader = graph[ids["MatryoshkaLoadLoraAtRank"]]
+    loader["class_type"] = "LoraLoader"
+    del loader["inputs"]["rank"]
+    entry = server.run(graph)
+    (saved,) = entry["outputs"][ids["SaveImage"]]["images"]
+    sheet = np.asarray(Image.open(server.output / saved["filename"]).convert("RGB"), dtype=int)
+    assert np.abs(sheet[:64, :64] - pictures[-1]).max() <= 2
 
 
 @pytest.mark.parametrize("ranks", ["", "1, two", "0, 1"])

@@ -30,6 +30,33 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def to_graph(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
+    """Return the graph that the page sends for a workflow that it has saved.
+
+    Args:
+        workflow: The workflow.
+        object_info: The inputs of each class of nodes, which the server describes.
+    """
+    outputs = {link: [str(node_id), slot] for link, node_id, slot, *_ in workflow["links"]}
+    graph: Graph = {}
+    for item in workflow["nodes"]:
+        inputs: dict[str, Any] = {}
+        values = iter(item["widgets_values"])
+        sections = object_info[item["type"]]["input"]
+        specs = {**sections["required"], **sections.get("optional", {})}
+        for name, (kind, *options) in specs.items():
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                inputs[name] = next(values)
+                if options and options[0].get("control_after_generate"):
+                    next(values)
+        assert not list(values), item["type"]
+        for item_input in item["inputs"]:
+            if item_input["link"] is not None:
+                inputs[item_input["name"]] = outputs[item_input["link"]]
+        graph[str(item["id"])] = node(item["type"], **inputs)
+    return graph
+
+
 class ComfyServer:
     """A server with our nodes, and an empty folder for its models and outputs."""
 
@@ -37,8 +64,15 @@ class ComfyServer:
         self.loras = folder / "models/loras"
         self.models = folder / "models/diffusion_models"
         self.text_encoders = folder / "models/text_encoders"
+        self.checkpoints = folder / "models/checkpoints"
         self.output = folder / "output"
-        for path in (self.loras, self.models, self.text_encoders, self.output):
+        for path in (
+            self.loras,
+            self.models,
+            self.text_encoders,
+            self.checkpoints,
+            self.output,
+        ):
             path.mkdir(parents=True)
         (folder / "custom_nodes").mkdir()
         (folder / "custom_nodes/matryoshka-lora").symlink_to(ROOT / "comfyui")

@@ -1,4 +1,4 @@
-"""Draw docs/figures/comfyui.png: the four nodes in ComfyUI's page, after they have run.
+"""Draw docs/figures/comfyui.png: the five nodes in ComfyUI's page, after they have run.
 
     COMFYUI_PATH=... COMFYUI_PYTHON=... python tests/tools/comfyui_picture.py OUTPUT.png
 
@@ -30,10 +30,11 @@ LAYOUT = {
     "first": [(0, 125), (270, 80)],
     "second": [(0, 250), (270, 80)],
     "stack": [(320, 0), (270, 265)],
-    "shrink": [(640, 0), (270, 290)],
-    "preview": [(0, 385), (270, 230)],
-    "save": [(320, 385), (270, 60)],
-    "combine": [(640, 345), (270, 295)],
+    "ranks": [(0, 375), (270, 150)],
+    "preview": [(320, 310), (270, 270)],
+    "save": [(320, 625), (270, 60)],
+    "shrink": [(640, 0), (270, 315)],
+    "combine": [(640, 360), (270, 325)],
 }
 # Hints and panels that would cover the graph.
 SETTINGS = {
@@ -44,7 +45,7 @@ SETTINGS = {
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
 }
 TAB_BAR_HEIGHT = 38
-SIZE = {"width": 960, "height": 740}
+SIZE = {"width": 960, "height": 790}
 
 
 def write_lora(file: Path, seed: int) -> None:
@@ -90,9 +91,12 @@ def graph() -> dict[str, dict[str, Any]]:
             "MatryoshkaLoadLoraAtRank",
             model=["model", 0],
             lora_name="style.safetensors",
-            rank=4,
+            rank=["ranks", 0],
             strength_model=1.0,
             strength_clip=1.0,
+        ),
+        "ranks": node(
+            "MatryoshkaLoraRanks", lora_name="style.safetensors", ranks="1, 2, 4, 8, 16"
         ),
         # Something has to use the model.
         "save": node("ModelSave", model=["preview", 0], filename_prefix="preview"),
@@ -119,6 +123,9 @@ def graph() -> dict[str, dict[str, Any]]:
     }
 
 
+HIDE_PANELS_SCRIPT = """
+() => window.comfyAPI.app.app.extensionManager.command.execute("Workspace.ToggleFocusMode")
+"""
 LOAD_SCRIPT = """
 async ([nodes, layout]) => {
     const { app } = window.comfyAPI.app;
@@ -153,11 +160,11 @@ def take_picture(url: str, output: str) -> None:
         page.goto(url)
         page.wait_for_function("window.comfyAPI?.app?.app?.graph", timeout=240_000)
         page.wait_for_timeout(10_000)
-        page.keyboard.press("f")  # without panels
+        page.evaluate(HIDE_PANELS_SCRIPT)
         page.evaluate(LOAD_SCRIPT, [graph(), LAYOUT])
         page.wait_for_function(
             "window.comfyAPI.app.app.graph._nodes.filter((node) => node.widgets?.some("
-            "(widget) => widget.name === 'result' && widget.value)).length === 4",
+            "(widget) => widget.name === 'result' && widget.value)).length === 5",
             timeout=240_000,
         )
         page.wait_for_timeout(3_000)
@@ -175,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = ComfyServer(python, Path(source).resolve(), Path(folder))
         try:
-            command = [python, str(MODELS_SCRIPT), str(server.models)]
+            command = [python, str(MODELS_SCRIPT), str(server.models.parent)]
             subprocess.run(command, cwd=source, check=True)
             for seed, name in enumerate(("style", "character")):
                 write_lora(server.loras / f"{name}.safetensors", seed)
