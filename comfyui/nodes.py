@@ -161,8 +161,8 @@ class MatryoshkaCombineLoras:
 
     DESCRIPTION = (
         "Saves the weighted sum of two LoRA files as one file. The sum is exact at rank 0; at a "
-        "rank it is the closest one. For a third file, combine it with the saved sum: at rank 0 "
-        "and dtype fp32 the result is exact too."
+        "rank it is the closest one. For more files, combine the saved sum with the next one, "
+        "which stays exact at rank 0 and dtype fp32; or use Save LoRA stack."
     )
     CATEGORY = CATEGORY
     FUNCTION = "combine"
@@ -270,7 +270,8 @@ class MatryoshkaLoadLoraAtRank:
 
     DESCRIPTION = (
         "Loads a LoRA as if its file had been shrunk to a rank. No file is saved. A rank above "
-        "that of the file is the whole LoRA. Another rank of the same file takes little time."
+        "that of the file is the whole LoRA. Another rank of the same file needs no new "
+        "decomposition."
     )
     CATEGORY = CATEGORY
     FUNCTION = "load"
@@ -298,15 +299,14 @@ class MatryoshkaLoadLoraAtRank:
         return modification_times([lora_name])
 
     def _open(self, lora_name: str) -> ml.Lora:
-        """Return a LoRA. The node keeps its decomposition until another file is chosen."""
+        """Return a LoRA, whose decomposition is kept until another file is chosen."""
         path = source_path(lora_name)
         stat = path.stat()
         version = (path, stat.st_mtime_ns, stat.st_size)
         if self._kept is None or self._kept[0] != version:
             self._kept = None  # its memory is free before the next one is read
             lora = open_as_loaded(lora_name)
-            # LoHa and LoKr are decomposed for each rank: their factors may be as large as the
-            # model.
+            # The factors of LoHa and LoKr may be as large as the model.
             if all(layer.kind == "LoRA" for layer in lora.layers):
                 lora = keep_factors(lora.reorder())
             self._kept = (version, lora)
@@ -375,7 +375,9 @@ class MatryoshkaLoraRanks:
         try:
             values = [int(rank) for rank in ranks.split(",")]
         except ValueError as error:
-            raise ml.MatryoshkaError(f"{ranks!r:.80} is not a list of ranks such as 1, 4, 16.") from error
+            raise ml.MatryoshkaError(
+                f"{ranks!r:.80} is not a list of ranks, such as 1, 4, 16."
+            ) from error
         values = list(dict.fromkeys(min(value, max_rank) for value in values))
         text = f"{', '.join(map(str, values))} of {max_rank}"
         return {"ui": ui_text([text]), "result": (values,)}

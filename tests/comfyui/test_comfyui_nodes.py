@@ -580,13 +580,17 @@ def test_files_have_the_requested_dtype(server: ComfyServer, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "passes"), [("rank", 1), ("error", 2), ("combine", 4), ("stack", 2), ("lora", 1)]
+    ("name", "total"),
+    [("rank", 4), ("error", 8), ("LoHa and LoKr", 3), ("combine", 16), ("stack", 8), ("lora", 4)],
 )
-def test_progress_is_shown_for_each_layer(server: ComfyServer, name: str, passes: int) -> None:
+def test_progress_is_shown_for_each_layer(server: ComfyServer, name: str, total: int) -> None:
     file = f"progress-{name}"
     write_kohya(server.loras / f"{file}.safetensors", WAN_SHAPES, seed=24)
     graph = shrink(file, name, f"{file}-output")
-    if name == "combine":
+    if name == "LoHa and LoKr":
+        write_other_kinds(server.loras / f"{file}.safetensors")
+        graph = shrink(file, "rank", f"{file}-output")
+    elif name == "combine":
         graph = combine(file, 1.0, file, 1.0, f"{file}-output")
     elif name == "stack":
         graph = with_lora(load_model("wan"), file, 1.0, "lora", "model")
@@ -596,8 +600,7 @@ def test_progress_is_shown_for_each_layer(server: ComfyServer, name: str, passes
         graph["save"] = node("ModelSave", model=["lora", 0], filename_prefix=file)
     progress, end = server.watch(graph)
     assert end == "execution_success"
-    total = passes * len(WAN_SHAPES)
-    node_id = "shrink" if name in ("rank", "error") else name
+    (node_id,) = {node_id for node_id, *_ in progress}
     # Combine reads a layer once more, to see whether the sum is zero.
     counts = [min(count, total) for count in range(1, len(progress) + 1)]
     assert progress == [(node_id, count, total) for count in counts]

@@ -95,9 +95,7 @@ def graph() -> dict[str, dict[str, Any]]:
             strength_model=1.0,
             strength_clip=1.0,
         ),
-        "ranks": node(
-            "MatryoshkaLoraRanks", lora_name="style.safetensors", ranks="1, 2, 4, 8, 16"
-        ),
+        "ranks": node("MatryoshkaLoraRanks", lora_name="style.safetensors", ranks="1, 2, 4, 8, 16"),
         # Something has to use the model.
         "save": node("ModelSave", model=["preview", 0], filename_prefix="preview"),
         "combine": node(
