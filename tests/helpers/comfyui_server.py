@@ -174,7 +174,7 @@ class ComfyServer:
     async def _watch(self, graph: Graph, cancel_at: int | None) -> tuple[list[Any], str]:
         progress: list[Any] = []
         async with (
-            aiohttp.ClientSession(self.url) as session,
+            aiohttp.ClientSession(self.url, raise_for_status=True) as session,
             session.ws_connect("/ws?clientId=test") as socket,
         ):
             await session.post("/prompt", json={"prompt": graph, "client_id": "test"})
