@@ -170,11 +170,15 @@ def make_notes(file: Path) -> None:
     file.write_text(f'{CREATED_WITH} The key is "matryoshka_lora.error".')
 
 
+def make_picture(file: Path) -> None:
+    file.write_bytes(b"\x89PNG\r\n\x1a\n Created with another program.")
+
+
 def make_pipe(file: Path) -> None:
     os.mkfifo(file)
 
 
-@pytest.mark.parametrize("make", [make_other_lora, make_notes, make_pipe])
+@pytest.mark.parametrize("make", [make_other_lora, make_notes, make_picture, make_pipe])
 def test_a_foreign_file_is_never_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "output")
     for is_file in (False, True):

@@ -79,10 +79,10 @@ def test_the_base_install_does_not_bring_torch() -> None:
 
 def test_every_import_of_the_package_is_declared() -> None:
     requirements = list(PROJECT["dependencies"])
-    for extra in ("peft", "train", "eval", "gguf", "demo"):
+    for extra in ("peft", "train", "eval", "image", "gguf", "demo"):
         requirements += EXTRAS[extra]
     declared = {package_name(requirement) for requirement in requirements}
-    declared |= {"yaml", "matryoshka_lora"}
+    declared |= {"yaml", "PIL", "matryoshka_lora"}
     # Dependencies of lm_eval, transformers and typer; and deepspeed, which has sharded the factors.
     declared |= {"jinja2", "tokenizers", "rich", "deepspeed"}
     for file in (ROOT / "src").rglob("*.py"):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matryoshka_lora.errors import MissingDependencyError as MissingDependencyError
     from matryoshka_lora.errors import NotFiniteError as NotFiniteError
     from matryoshka_lora.evaluation.evaluate import evaluate as evaluate
+    from matryoshka_lora.evaluation.preview import Preview as Preview
+    from matryoshka_lora.evaluation.preview import preview as preview
     from matryoshka_lora.evaluation.results import Evaluation as Evaluation
     from matryoshka_lora.evaluation.results import aurac as aurac
     from matryoshka_lora.evaluation.select import Selection as Selection
@@ -63,6 +65,7 @@ _MODULES = {
     "NestedAdapter": "peft.adapter",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
+    "Preview": "evaluation.preview",
     "RankLossCallback": "peft.rank_loss_callback",
     "ReorderResult": "lora.results",
     "Rule": "rules",
@@ -80,6 +83,7 @@ _MODULES = {
     "load": "peft.load",
     "nest": "peft.nest",
     "open": "formats.open",
+    "preview": "evaluation.preview",
     "reorder": "operations.reorder",
     "select": "evaluation.select",
     "train_ranks": "operations.train_ranks",

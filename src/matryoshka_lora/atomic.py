@@ -4,7 +4,7 @@ An output is written to a temporary path, which is renamed at the end. After a f
 the old one or the new one. If the process is killed, it may leave ``.matryoshka-lora.*.new`` next
 to the output, and between the two renames of a replaced folder also ``.matryoshka-lora.*.old``.
 
-A folder has a manifest of its files. A file has a mark in its header: a key that begins with
+A folder has a manifest of its files. A file has a mark at its beginning: a key that begins with
 `METADATA_PREFIX`, or `CREATED_WITH`.
 """
 
@@ -29,7 +29,7 @@ MANIFEST_NAME = ".matryoshka-lora.json"
 """The file in a folder that lists the other files with their sizes and modification times."""
 
 CREATED_WITH = "Created with matryoshka-lora."
-"""The sentence in model cards, and the description of a GGUF file."""
+"""The sentence in model cards, PNG and JSON files, and the description of a GGUF file."""
 
 METADATA_PREFIX = "matryoshka_lora"
 """The beginning of a key in the metadata of every safetensors file of a LoRA."""
@@ -116,7 +116,7 @@ def _has_marker(file: Path) -> bool:
         return False
     with file.open("rb") as stream:
         start = stream.read(4096)
-    if start.startswith(b"GGUF"):
+    if start.startswith((b"GGUF", b"\x89PNG", b'{\n "created_with"')):
         return CREATED_WITH.encode() in start
     with suppress(SafetensorError), safe_open(file, "np") as tensors:
         return any(key.startswith(METADATA_PREFIX) for key in tensors.metadata() or ())

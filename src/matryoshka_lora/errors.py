@@ -50,6 +50,8 @@ _EXTRAS = {
     "yaml": "train",
     "lm_eval": "eval",
     "matplotlib": "eval",
+    "diffusers": "image",
+    "PIL": "image",
     "gguf": "gguf",
     "iso3166": "demo",
 }

@@ -41,6 +41,7 @@ VERBS = [
     "combine",
     "extract",
     "export",
+    "preview",
     "eval",
     "select",
     "serve",

@@ -43,6 +43,7 @@ app.command("train-ranks")(model_commands.train_ranks)
 app.command("combine")(file_commands.combine)
 app.command("extract")(file_commands.extract)
 app.command("export")(file_commands.export)
+app.command("preview")(model_commands.preview)
 app.command("eval")(model_commands.evaluate)
 app.command("select")(model_commands.select)
 app.command("serve")(model_commands.serve)
@@ -101,8 +102,10 @@ def _configure_libraries() -> None:
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may not have all characters
         sys.stdout.reconfigure(errors="backslashreplace")
-    # The warnings of transformers and TRL are about their own next versions.
+    # The warnings of transformers and TRL are about their own next versions. diffusers warns of
+    # each part of a pipeline without a layer of a LoRA.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     # Otherwise torch's threads spin while they wait, which is five times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = lambda message, *_args, **_kwargs: (

@@ -1,4 +1,4 @@
-"""The commands that train, evaluate, select and serve."""
+"""The commands that train, evaluate, select, preview and serve."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matryoshka_lora.cli.arguments import (
     DtypeOption,
     ExamplesOption,
     ForceOption,
+    LoraArgument,
     ModelArgsOption,
     OutputOption,
     RanksOption,
@@ -31,6 +32,7 @@ from matryoshka_lora.cli.terminal import (
     revision_option,
 )
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
+from matryoshka_lora.registry import DtypeName
 
 
 def demo(
@@ -273,6 +275,88 @@ def select(
     if settings["adapter"]:  # empty for an adapter in memory
         source = [settings["adapter"], *revision_option(settings.get("revision"))]
         print_next("export", *source, "--rank", selection.rank, "-o", f"rank-{selection.rank}")
+
+
+def preview(
+    lora: LoraArgument,
+    model: Annotated[
+        str, typer.Option(help="Pipeline of diffusers: a folder or a Hub id of an image model.")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="Prompt. The option may be repeated.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="PNG file to write. The numbers are in a JSON file next to it."
+        ),
+    ],
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks such as 1,2,4.", show_default="the nested ranks, or none with --errors"
+        ),
+    ] = None,
+    errors: Annotated[
+        str | None, typer.Option(help="Errors such as 10%,20%, as in `export --error`.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Seed for each prompt. The option may be repeated.", show_default="0"),
+    ] = None,
+    within: Annotated[
+        str, typer.Option(help="Largest distance of a setting that is suggested.")
+    ] = "20%",
+    pipeline_args: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="Arguments of the pipeline: num_inference_steps=20,height=512,guidance_scale=3.5.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(
+            help="Dtype of the pipeline.", show_default="bf16 if a GPU supports it, otherwise fp32"
+        ),
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep only the part that computes on the GPU."),
+    ] = False,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Draw the same pictures with an image or video LoRA at several ranks, on one sheet.
+
+    Each column is a rank or an error, between no LoRA and the whole LoRA. Prints the size of each
+    file, and how far its pictures are from those of the whole LoRA. Nothing is exported.
+
+    Example: matryoshka preview lora.safetensors --model MODEL --prompt 'a red fox' -o sheet.png
+    """
+    from matryoshka_lora import preview as run_preview
+
+    print_loading()
+    result = run_preview(
+        lora,
+        model,
+        prompt,
+        parse_ranks(ranks),
+        errors=errors.split(",") if errors else (),
+        seeds=seed or [0],
+        within=within,
+        pipeline_args=parse_model_args(pipeline_args),
+        dtype=dtype,
+        offload=offload,
+        revision=revision,
+        output=output,
+        force=force,
+    )
+    typer.echo(str(result))
+    print_line(f"Written to {output} and {output.with_suffix('.json')}")
+    if result.suggestion is not None:
+        ((option, value),) = result.suggestion.options.items()
+        source = [lora, *revision_option(revision)]
+        small_file = Path(f"{lora.stem}-small.safetensors")
+        print_next("export", *source, f"--{option}", value, "-o", small_file)
 
 
 def serve(

@@ -1,0 +1,541 @@
+"""Draw the same pictures at several ranks of a LoRA, and measure how they differ."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from matryoshka_lora.atomic import CREATED_WITH, PathLike, check_output, create_file
+from matryoshka_lora.errors import MatryoshkaError, check_list, wrap_errors
+from matryoshka_lora.formats.open import open_lora
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.peft.base_model import DTYPES, default_dtype
+from matryoshka_lora.progress import training_bar
+from matryoshka_lora.registry import DtypeName
+from matryoshka_lora.text import format_percent, format_range, format_table, join_lines
+from matryoshka_lora.units import format_size, parse_share, pluralize
+
+_NO_LORA = "no LoRA"
+_WHOLE_LORA = "whole LoRA"
+
+
+@dataclass(frozen=True)
+class PreviewPicture:
+    """A picture, compared with the one of the whole LoRA.
+
+    Attributes:
+        image: The picture; of a video, the frame in the middle.
+        distance: The distance of its final latents to those of the whole LoRA, relative to the
+            distance without a LoRA: 1 without a LoRA, and 0 for the whole one.
+        squared_error: The mean squared difference of the pixels, whose values are from 0 to 1.
+        ssim: See `structural_similarity`.
+    """
+
+    image: Image.Image
+    distance: float
+    squared_error: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class PreviewColumn:
+    """The pictures of one setting.
+
+    Attributes:
+        name: ``"no LoRA"``, ``"whole LoRA"``, or the setting, such as ``"rank 8"``.
+        options: The arguments of `export` that write its file, such as ``{"rank": 8}``; empty for
+            no LoRA and for the whole one.
+        ranks: The rank of each layer by its name; empty for no LoRA.
+        size: The size of its file in bytes.
+        pictures: The pictures of all seeds of the first prompt, then of the second, and so on.
+    """
+
+    name: str
+    options: dict[str, Any]
+    ranks: dict[str, int]
+    size: int
+    pictures: tuple[PreviewPicture, ...]
+
+    @property
+    def distance(self) -> float:
+        """The mean distance of the pictures."""
+        return fmean(picture.distance for picture in self.pictures)
+
+    @property
+    def psnr(self) -> float | None:
+        """The peak signal-to-noise ratio in dB of all pictures; None if they are equal."""
+        return _psnr(fmean(picture.squared_error for picture in self.pictures))
+
+    @property
+    def ssim(self) -> float:
+        """The mean structural similarity of the pictures."""
+        return fmean(picture.ssim for picture in self.pictures)
+
+    def cells(self) -> list[str]:
+        """Return name, ranks, size and distance for people."""
+        ranks = size = ""
+        if self.ranks:
+            ranks, size = format_range(self.ranks.values()), format_size(self.size)
+        return [self.name, ranks, size, format_percent(self.distance)]
+
+
+@dataclass(frozen=True, repr=False)
+class Preview:
+    """The pictures of a LoRA at several ranks. A notebook shows the sheet.
+
+    Attributes:
+        lora: The path of the LoRA.
+        model: The path or Hub id of the pipeline; the name of its class if it was in memory.
+        prompts: The prompts.
+        seeds: The seeds of each prompt.
+        pipeline_args: The arguments of the pipeline.
+        within: The largest distance of a suggested setting.
+        columns: No LoRA, the settings from the smallest file to the largest, and the whole LoRA.
+        notes: Remarks for the user, one sentence each.
+    """
+
+    lora: str
+    model: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    pipeline_args: dict[str, Any]
+    within: float
+    columns: tuple[PreviewColumn, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def suggestion(self) -> PreviewColumn | None:
+        """The setting of the smallest file whose mean distance is at most `within`, or None."""
+        for column in self.columns[1:-1]:
+            if column.distance <= self.within:
+                return column
+        return None
+
+    def __repr__(self) -> str:
+        """Return a table of the settings, and a suggestion, as `matryoshka preview` prints them."""
+        rows = [["setting", "rank", "size", "distance", "PSNR", "SSIM"]]
+        for column in self.columns[:-1]:
+            psnr = "equal" if column.psnr is None else f"{column.psnr:.1f}"
+            rows.append([*column.cells(), psnr, f"{column.ssim:.3f}"])
+        rows.append([*self.columns[-1].cells(), "", ""])
+        lines = [
+            *format_table(rows),
+            "  distance: of the final latents from those of the whole LoRA; no LoRA has 100%",
+            "  PSNR, SSIM: the pictures compared with those of the whole LoRA; PSNR in dB",
+            *self.notes,
+        ]
+        limit = f"{100 * self.within:.4g}%"
+        number = (
+            f"{pluralize(len(self.prompts), 'prompt')} and {pluralize(len(self.seeds), 'seed')}"
+        )
+        if self.suggestion is None:
+            lines.append(f"No setting has a distance of at most {limit}, on {number}.")
+        else:
+            lines.append(
+                f"{self.suggestion.name} ({format_size(self.suggestion.size)}) is the smallest "
+                f"file with a distance of at most {limit}. This rests on {number}: look at the "
+                "pictures."
+            )
+        return join_lines(lines)
+
+    def sheet(self) -> Image.Image:
+        """Return a contact sheet: a row for each prompt and seed, a column for each setting."""
+        captions: list[list[str]] = []
+        for column in self.columns:
+            name, ranks, size, distance = column.cells()
+            lines = [name, f"distance {distance}"]
+            if size:
+                lines += [f"rank {ranks}, {size}"]
+            captions.append(lines)
+        titles = [f"seed {seed}: {prompt}" for prompt, seed in self._rows()]
+        pictures = [[picture.image for picture in column.pictures] for column in self.columns]
+        return _contact_sheet(pictures, titles, captions)
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        comment = PngInfo()
+        comment.add_text("Comment", CREATED_WITH)
+        self.sheet().save(stream, "PNG", pnginfo=comment)
+        return stream.getvalue()
+
+    def _rows(self) -> list[tuple[str, int]]:
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures as values that JSON can represent."""
+        columns: list[dict[str, Any]] = []
+        for column in self.columns:
+            pictures: list[dict[str, Any]] = []
+            for (prompt, seed), picture in zip(self._rows(), column.pictures, strict=True):
+                numbers = {"distance": picture.distance, "psnr": _psnr(picture.squared_error)}
+                pictures.append({"prompt": prompt, "seed": seed, **numbers, "ssim": picture.ssim})
+            columns.append(
+                {
+                    "name": column.name,
+                    "options": column.options,
+                    "ranks": column.ranks,
+                    "bytes": column.size,
+                    "distance": column.distance,
+                    "psnr": column.psnr,
+                    "ssim": column.ssim,
+                    "pictures": pictures,
+                }
+            )
+        return {
+            "lora": self.lora,
+            "model": self.model,
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "pipeline_args": {name: str(value) for name, value in self.pipeline_args.items()},
+            "within": self.within,
+            "suggestion": self.suggestion and self.suggestion.name,
+            "columns": columns,
+            "notes": list(self.notes),
+        }
+
+    def save(self, path: PathLike, *, force: bool = False) -> None:
+        """Write the sheet as a PNG file, and the numbers as a JSON file of the same name.
+
+        Args:
+            path: The file to write, such as ``sheet.png``.
+            force: Whether to replace earlier outputs of this package. Nothing else is replaced.
+
+        Raises:
+            MatryoshkaError: One of the files already exists or cannot be written.
+        """
+        sheet, numbers = _check_outputs(path, force)
+        text = json.dumps({"created_with": CREATED_WITH, **self.to_dict()}, indent=1)
+        with create_file(sheet, force) as sheet_file, create_file(numbers, force) as numbers_file:
+            sheet_file.write_bytes(self._repr_png_())
+            numbers_file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def preview(
+    lora: Lora | PathLike,
+    model: PathLike | Any,
+    prompts: Iterable[str],
+    ranks: Iterable[int] | None = None,
+    *,
+    errors: Iterable[float | str] = (),
+    seeds: Iterable[int] = (0,),
+    within: float | str = "20%",
+    pipeline_args: Mapping[str, Any] | None = None,
+    dtype: DtypeName | None = None,
+    offload: bool = False,
+    revision: str | None = None,
+    output: PathLike | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Preview:
+    """Draw the same pictures without a LoRA, at several ranks of it, and with the whole LoRA.
+
+    The pipeline is loaded once. A picture is the one that diffusers draws with the file that
+    `export` writes. One of these LoRAs is in memory at a time.
+
+    Args:
+        lora: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
+            LoRA.
+        model: A pipeline of diffusers: a folder, a Hub id, or one in memory that has no LoRA.
+        prompts: The prompts.
+        ranks: Strictly increasing. Defaults to the nested ranks, or to none if there are
+            ``errors``.
+        errors: Relative errors such as ``"10%"``, for which `export` chooses the ranks of layers.
+        seeds: The seeds of each prompt. The noise is made on the CPU, so it is the same on every
+            device.
+        within: The largest distance of a setting that is suggested.
+        pipeline_args: Arguments of the pipeline, such as ``{"num_inference_steps": 20}``.
+        dtype: The dtype of a pipeline on disk: ``"bf16"``, ``"fp32"`` or ``"fp16"``. Defaults to
+            float32 on a CPU and otherwise to bfloat16, if the hardware supports it.
+        offload: Whether the parts of a pipeline on disk are on the accelerator only while they
+            compute.
+        revision: Branch, tag or commit of the LoRA on the Hub.
+        output: The PNG file to write the sheet to; see `Preview.save`.
+        force: Whether to replace earlier outputs of this package. Nothing else is replaced.
+        progress: Whether a progress bar is shown on stderr.
+
+    Raises:
+        MatryoshkaError: An argument is not valid, the LoRA or the pipeline cannot be loaded, they
+            do not fit each other, or the output already exists.
+        MissingDependencyError: diffusers or PEFT is not installed.
+    """
+    prompts, seeds = check_list("prompts", prompts), check_list("seeds", seeds)
+    if not (prompts and seeds):
+        raise MatryoshkaError("Pass at least one of `prompts` and one of `seeds`.")
+    shares = [f"{100 * parse_share(error):.4g}%" for error in check_list("errors", errors)]
+    max_distance = parse_share(within)
+    if output is not None:
+        _check_outputs(output, force)
+    lora = lora if isinstance(lora, Lora) else open_lora(lora, revision=revision)
+    options: dict[str, dict[str, Any]] = {f"error {share}": {"error": share} for share in shares}
+    if ranks is not None or not shares:
+        for rank in lora.check_ranks(ranks):
+            if rank < lora.max_rank:
+                options[f"rank {rank}"] = {"rank": rank}
+    settings = {name: lora.truncate(**arguments) for name, arguments in options.items()}
+    sizes = {name: setting.file_size for name, setting in settings.items()}
+    is_plain = lora.nesting is None and all(layer.kind == "LoRA" for layer in lora.layers)
+    whole = lora if is_plain else lora.truncate(lora.max_rank)  # LoKr becomes LoRA, for example
+    sizes |= {_NO_LORA: 0, _WHOLE_LORA: lora.size if lora.files else whole.file_size}
+
+    pipeline, model_name = model, type(model).__name__
+    if isinstance(model, (str, os.PathLike)):
+        pipeline, model_name = _load_pipeline(str(model), dtype, offload), str(model)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise MatryoshkaError(
+            f"{model_name} is no pipeline that takes LoRAs. Pass another `model`."
+        )
+    if _count_lora_layers(pipeline):  # it would be unloaded
+        raise MatryoshkaError(
+            "The pipeline already has a LoRA. Call its unload_lora_weights(), or to keep the LoRA "
+            "in all pictures, fuse_lora() before that."
+        )
+    rows = [(prompt, seed) for prompt in prompts for seed in seeds]
+    # The whole LoRA is the first one: if it does not fit the pipeline, that is seen at once.
+    loras: dict[str, Lora | None] = {_WHOLE_LORA: whole, _NO_LORA: None, **settings}
+    drawings: dict[str, list[tuple[Image.Image, Tensor]]] = {}
+    notes: tuple[str, ...] = ()
+    with training_bar(range(len(loras) * len(rows)), "pictures", is_shown=progress) as bar:
+        for name, setting in loras.items():
+            with _with_lora(pipeline, setting) as note:
+                if name == _WHOLE_LORA and note:
+                    notes = (note,)
+                drawings[name] = []
+                for prompt, seed in rows:
+                    drawings[name].append(_draw(pipeline, prompt, seed, pipeline_args or {}))
+                    bar.update()
+
+    columns: list[PreviewColumn] = []
+    for name in [_NO_LORA, *sorted(settings, key=lambda name: sizes[name]), _WHOLE_LORA]:
+        setting = loras[name]
+        drawn = zip(drawings[name], drawings[_WHOLE_LORA], drawings[_NO_LORA], strict=True)
+        columns.append(
+            PreviewColumn(
+                name,
+                options.get(name, {}),
+                ranks={} if setting is None else setting.ranks,
+                size=sizes[name],
+                pictures=tuple(
+                    _compare(*drawing, *target, base) for drawing, target, (_, base) in drawn
+                ),
+            )
+        )
+    result = Preview(
+        lora.name,
+        model_name,
+        prompts,
+        seeds,
+        dict(pipeline_args or {}),
+        max_distance,
+        tuple(columns),
+        notes,
+    )
+    if output is not None:
+        result.save(output, force=force)
+    return result
+
+
+def structural_similarity(picture: Tensor, other: Tensor) -> float:
+    """Return the mean structural similarity (SSIM, Wang et al. 2004) over windows of 7 x 7 pixels.
+
+    Args:
+        picture: Shape (channels, height, width), values from 0 to 1.
+        other: A picture of the same shape.
+    """
+    mean, other_mean = avg_pool2d(picture, 7, stride=1), avg_pool2d(other, 7, stride=1)
+    unbiased = 49 / 48
+    squares = avg_pool2d(picture**2 + other**2, 7, stride=1)
+    variances = unbiased * (squares - mean**2 - other_mean**2)
+    covariance = unbiased * (avg_pool2d(picture * other, 7, stride=1) - mean * other_mean)
+    luminance = (2 * mean * other_mean + 0.01**2) / (mean**2 + other_mean**2 + 0.01**2)
+    return float((luminance * (2 * covariance + 0.03**2) / (variances + 0.03**2)).mean())
+
+
+def _check_outputs(path: PathLike, force: bool) -> tuple[Path, Path]:
+    """Return the PNG file and the JSON file of an output, after checking both."""
+    if Path(path).suffix.lower() != ".png":
+        raise MatryoshkaError(f"The output is a PNG file, got {path}. Pass {path}.png.")
+    sheet = check_output(path, force, is_file=True)
+    return sheet, check_output(sheet.with_suffix(".json"), force, is_file=True)
+
+
+def _load_pipeline(model: str, dtype: DtypeName | None, offload: bool) -> Any:
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    torch_dtype = torch.float32 if device.type == "cpu" else default_dtype()
+    if dtype is not None:
+        torch_dtype = DTYPES[dtype]
+    with wrap_errors(
+        f"Cannot load the pipeline {model!r}",
+        "Pass a folder of diffusers or a Hub id; `offload=True` needs less memory of a GPU",
+        # diffusers has no common error type.
+        (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError),
+    ):
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        if offload:
+            pipeline.enable_model_cpu_offload()
+        else:
+            pipeline.to(device)
+    return pipeline
+
+
+@contextmanager
+def _with_lora(pipeline: Any, lora: Lora | None) -> Iterator[str]:
+    """Load a LoRA into a pipeline, and unload it at the end.
+
+    Yields:
+        A note if the pipeline ignores some of its layers, or "".
+    """
+    if lora is None:
+        yield ""
+        return
+    pipeline_name = type(pipeline).__name__
+    converted = lora
+    try:
+        converted = lora.convert("diffusers")
+    except MatryoshkaError:  # diffusers may read keys that are not converted
+        if lora.container == "peft":
+            raise
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            wrap_errors(
+                f"{pipeline_name} cannot load {lora.name}",
+                "Pass the model that the LoRA is for",
+                (ValueError, TypeError, KeyError, AttributeError, RuntimeError),
+            ),
+        ):
+            file = Path(folder, "lora.safetensors")
+            converted.save(file)
+            pipeline.load_lora_weights(str(file))
+        num_layers, num_loaded = len(converted.layers), _count_lora_layers(pipeline)
+        if not num_loaded:
+            raise MatryoshkaError(
+                f"{pipeline_name} has none of the layers of {lora.name}. Pass the model that the "
+                "LoRA is for."
+            )
+        note = f"{pipeline_name} ignores {num_layers - num_loaded} of {num_layers} layers."
+        yield note if num_loaded < num_layers else ""
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _count_lora_layers(pipeline: Any) -> int:
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return sum(isinstance(module, LoraLayer) for part in parts for module in part.modules())
+
+
+def _draw(
+    pipeline: Any, prompt: str, seed: int, options: Mapping[str, Any]
+) -> tuple[Image.Image, Tensor]:
+    """Return a picture, and its final latents in float32 on the CPU."""
+    last: dict[str, Tensor] = {}
+
+    def keep(
+        _pipeline: Any, _step: int, _time: Any, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        last.update(tensors)
+        return {}
+
+    name = type(pipeline).__name__
+    with wrap_errors(
+        f"{name} cannot draw",
+        "Check `pipeline_args`; smaller pictures or `offload=True` need less memory",
+        (TypeError, ValueError, RuntimeError),  # also of the memory
+    ):
+        output = pipeline(
+            prompt=prompt,
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=["latents"],
+            output_type="pil",
+            **options,
+        )
+    if hasattr(output, "images"):
+        image = output.images[0]
+    elif hasattr(output, "frames"):
+        image = output.frames[0][len(output.frames[0]) // 2]
+    else:
+        raise MatryoshkaError(f"{name} returns neither images nor frames. Pass another pipeline.")
+    return image.convert("RGB"), last["latents"].float().cpu()
+
+
+def _compare(
+    image: Image.Image,
+    latents: Tensor,
+    whole_image: Image.Image,
+    whole_latents: Tensor,
+    base_latents: Tensor,
+) -> PreviewPicture:
+    """Compare a picture with that of the whole LoRA, and with the one without a LoRA."""
+    change = float((base_latents - whole_latents).norm())
+    if change == 0:
+        raise MatryoshkaError("The pictures with and without the LoRA are equal.")
+    picture, whole = (
+        torch.from_numpy(np.array(value, dtype=np.float64)).permute(2, 0, 1) / 255
+        for value in (image, whole_image)
+    )
+    return PreviewPicture(
+        image,
+        distance=float((latents - whole_latents).norm()) / change,
+        squared_error=float(((picture - whole) ** 2).mean()),
+        ssim=structural_similarity(picture, whole),
+    )
+
+
+def _psnr(squared_error: float) -> float | None:
+    """Return the peak signal-to-noise ratio in dB; None for equal pictures."""
+    return -10 * math.log10(squared_error) if squared_error else None
+
+
+def _contact_sheet(
+    columns: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    captions: Sequence[Sequence[str]],
+) -> Image.Image:
+    """Return a grid of pictures, with a title above each row and a caption below each column."""
+    width = max(image.width for column in columns for image in column)
+    height = max(image.height for column in columns for image in column)
+    font_size = max(14, width // 20)
+    font = ImageFont.load_default(font_size)
+    gap, line = font_size // 2, font_size * 3 // 2
+    text_width = max(font.getlength(text) for caption in captions for text in caption)
+    step = max(width, math.ceil(text_width)) + gap
+    row_height = line + height + gap
+    sheet_width = gap + step * len(columns)
+    caption_height = line * max(map(len, captions))
+    sheet = Image.new("RGB", (sheet_width, row_height * len(titles) + caption_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    max_characters = int((sheet_width - 2 * gap) / font.getlength("n"))
+    for row, title in enumerate(titles):
+        top = row * row_height
+        text = textwrap.shorten(title, max_characters, placeholder=" ...")
+        draw.text((gap, top + gap // 2), text, "black", font)
+        for index, column in enumerate(columns):
+            sheet.paste(column[row], (gap + index * step, top + line))
+    for index, caption in enumerate(captions):
+        for number, text in enumerate(caption):
+            top = row_height * len(titles) + number * line
+            draw.text((gap + index * step, top), text, "black", font)
+    return sheet
