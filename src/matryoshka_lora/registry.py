@@ -33,9 +33,7 @@ DtypeName = Literal["bf16", "fp32", "fp16"]
 ANSWERS_CAVEAT = "The error does not predict the quality of answers. Run `matryoshka eval`."
 """The caveat of language models, and the default."""
 
-PICTURES_CAVEAT = (
-    "The error does not predict what pictures look like. Compare pictures of the same seed."
-)
+PICTURES_CAVEAT = "The error does not predict what pictures look like. Run `matryoshka preview`."
 """The caveat of image models."""
 
 

@@ -45,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_lora(pipeline, folder / f"{name} diffusers.safetensors")
         source, output = (folder / f"{name} {keys}.safetensors" for keys in ("diffusers", "kohya"))
         ml.export(source, output, key_format="kohya")
+    ml.export(folder / "flux diffusers.safetensors", folder / "flux folder", key_format="peft")
+    ml.reorder(folder / "flux folder", folder / "flux nested")
     return folder
 
 
@@ -65,13 +67,14 @@ def draw(pipeline: Any, prompt: str, seed: int, **options: Any) -> Any:
         ("stable diffusion", "kohya"),
         ("flux", "diffusers"),
         ("flux", "kohya"),  # with one layer for queries, keys and values
+        ("flux", "nested"),
         ("wan", "diffusers"),
     ],
 )
 def test_a_picture_is_that_of_the_exported_file(
     name: str, keys: str, folder: Path, tmp_path: Path
 ) -> None:
-    lora = folder / f"{name} {keys}.safetensors"
+    lora = folder / (f"{name} {keys}" if keys == "nested" else f"{name} {keys}.safetensors")
     video = VIDEO if name == "wan" else {}
     prompts, seeds = ["a dog", "a fox"], [3, 4]
     result = ml.preview(
@@ -91,11 +94,11 @@ def test_a_picture_is_that_of_the_exported_file(
     for column in result.columns:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / name)
         file = lora
-        if column.options:
+        if column.options or lora.is_dir():
             file = tmp_path / f"{column.name}.safetensors"
-            ml.export(lora, file, **column.options)
+            ml.export(lora, file, **(column.options or {"rank": 4}))
         if column.name != "no LoRA":
-            assert column.size == file.stat().st_size
+            assert column.size == (file.stat().st_size if column.options else ml.open(lora).size)
             if (name, keys) == ("flux", "kohya"):  # diffusers splits layers of the full size only
                 exported = file
                 file = tmp_path / f"{column.name} diffusers.safetensors"

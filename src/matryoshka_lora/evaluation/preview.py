@@ -9,7 +9,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from matryoshka_lora.atomic import CREATED_WITH, PathLike, check_output, create_file
-from matryoshka_lora.errors import MatryoshkaError, check_list, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, wrap_errors
 from matryoshka_lora.formats.open import open_lora
+from matryoshka_lora.lora.convert import pipeline_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.peft.base_model import DTYPES, default_dtype
 from matryoshka_lora.progress import training_bar
@@ -232,7 +233,7 @@ class Preview:
 
 def preview(
     lora: Lora | PathLike,
-    model: PathLike | Any,
+    model: Any,
     prompts: Iterable[str],
     ranks: Iterable[int] | None = None,
     *,
@@ -285,7 +286,11 @@ def preview(
     max_distance = parse_share(within)
     if output is not None:
         _check_outputs(output, force)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     lora = lora if isinstance(lora, Lora) else open_lora(lora, revision=revision)
+    if lora.container == "peft":  # `export` writes a file, too
+        lora = lora.convert(pipeline_key_format(lora) or "diffusers")
     options: dict[str, dict[str, Any]] = {f"error {share}": {"error": share} for share in shares}
     if ranks is not None or not shares:
         for rank in lora.check_ranks(ranks):
@@ -313,12 +318,12 @@ def preview(
     # The whole LoRA is the first one: if it does not fit the pipeline, that is seen at once.
     loras: dict[str, Lora | None] = {_WHOLE_LORA: whole, _NO_LORA: None, **settings}
     drawings: dict[str, list[tuple[Image.Image, Tensor]]] = {}
-    notes: tuple[str, ...] = ()
+    notes = lora.notes
     with training_bar(range(len(loras) * len(rows)), "pictures", is_shown=progress) as bar:
         for name, setting in loras.items():
             with _with_lora(pipeline, setting) as note:
                 if name == _WHOLE_LORA and note:
-                    notes = (note,)
+                    notes += (note,)
                 drawings[name] = []
                 for prompt, seed in rows:
                     drawings[name].append(_draw(pipeline, prompt, seed, pipeline_args or {}))
@@ -412,11 +417,8 @@ def _with_lora(pipeline: Any, lora: Lora | None) -> Iterator[str]:
         return
     pipeline_name = type(pipeline).__name__
     converted = lora
-    try:
+    with suppress(MatryoshkaError):  # diffusers may read keys that cannot be converted
         converted = lora.convert("diffusers")
-    except MatryoshkaError:  # diffusers may read keys that are not converted
-        if lora.container == "peft":
-            raise
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
