@@ -16,6 +16,7 @@ from matryoshka_lora.errors import optional_imports, wrap_errors
         ("torch", None, "peft"),
         ("lm_eval.api.model", None, "eval"),
         ("iso3166", None, "demo"),
+        ("diffusers.loaders", None, "image"),
         ("torch", "train", "train"),
     ],
 )

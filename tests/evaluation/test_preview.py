@@ -186,6 +186,7 @@ def test_layers_that_the_pipeline_lacks_are_reported(folder: Path, tmp_path: Pat
         ("flux", {"pipeline_args": {"height": -8}}, "draw"),
         ("wan", {}, "the model that the LoRA is for"),
         ("language model", {}, "image model"),
+        ("zero", {}, "equal"),
     ],
 )
 def test_a_bad_argument_is_one_error_and_the_pipeline_stays_as_it_is(
@@ -195,6 +196,10 @@ def test_a_bad_argument_is_one_error_and_the_pipeline_stays_as_it_is(
     if lora == "language model":
         source = tmp_path / "adapter"
         plain_adapter(source)
+    elif lora == "zero":
+        source = tmp_path / "zero.safetensors"
+        tensors = load_file(folder / "flux diffusers.safetensors")
+        save_file({key: tensor * ("lora_A" in key) for key, tensor in tensors.items()}, source)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "flux")
     expected = draw(pipeline, "a dog", 0)
     arguments = {"prompts": ["a dog"], "pipeline_args": ARGUMENTS, "progress": False, **changes}

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -164,10 +165,10 @@ class Preview:
         captions: list[list[str]] = []
         for column in self.columns:
             name, ranks, size, distance = column.cells()
-            lines = [name, f"distance {distance}"]
-            if size:
-                lines += [f"rank {ranks}, {size}"]
-            captions.append(lines)
+            has_ranks = ranks and name != f"rank {ranks}"
+            captions.append(
+                [name, f"distance {distance}", f"rank {ranks}, {size}" if has_ranks else size]
+            )
         titles = [f"seed {seed}: {prompt}" for prompt, seed in self._rows()]
         pictures = [[picture.image for picture in column.pictures] for column in self.columns]
         return _contact_sheet(pictures, titles, captions)
@@ -194,7 +195,7 @@ class Preview:
                 {
                     "name": column.name,
                     "options": column.options,
-                    "ranks": column.ranks,
+                    "layers_by_rank": dict(sorted(Counter(column.ranks.values()).items())),
                     "bytes": column.size,
                     "distance": column.distance,
                     "psnr": column.psnr,
@@ -390,14 +391,19 @@ def _load_pipeline(model: str, dtype: DtypeName | None, offload: bool) -> Any:
         torch_dtype = DTYPES[dtype]
     with wrap_errors(
         f"Cannot load the pipeline {model!r}",
-        "Pass a folder of diffusers or a Hub id; `offload=True` needs less memory of a GPU",
+        "Pass a folder that diffusers has saved, or a Hub id",
         # diffusers has no common error type.
-        (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError),
+        (OSError, ValueError, TypeError, ImportError, KeyError, SafetensorError),
     ):
         pipeline = DiffusionPipeline.from_pretrained(
             model, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=False
         )
-        pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)
+    with wrap_errors(
+        f"Cannot use the pipeline on {device}",
+        "`offload=True` needs less memory, and an accelerator",
+        RuntimeError,
+    ):
         if offload:
             pipeline.enable_model_cpu_offload()
         else:
@@ -491,16 +497,20 @@ def _compare(
     base_latents: Tensor,
 ) -> PreviewPicture:
     """Compare a picture with that of the whole LoRA, and with the one without a LoRA."""
-    change = float((base_latents - whole_latents).norm())
-    if change == 0:
-        raise MatryoshkaError("The pictures with and without the LoRA are equal.")
+    change = (base_latents - whole_latents).norm()
+    distance = float((latents - whole_latents).norm() / change)
+    if not math.isfinite(distance):
+        raise MatryoshkaError(
+            "The latents with and without the LoRA are equal, or not finite. Pass the model that "
+            "the LoRA is for, or another `dtype`."
+        )
     picture, whole = (
         torch.from_numpy(np.array(value, dtype=np.float64)).permute(2, 0, 1) / 255
         for value in (image, whole_image)
     )
     return PreviewPicture(
         image,
-        distance=float((latents - whole_latents).norm()) / change,
+        distance=distance,
         squared_error=float(((picture - whole) ** 2).mean()),
         ssim=structural_similarity(picture, whole),
     )
