@@ -7,7 +7,6 @@ import json
 import math
 import os
 import tempfile
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -542,7 +541,7 @@ def _contact_sheet(
     max_characters = int((sheet_width - 2 * gap) / font.getlength("n"))
     for row, title in enumerate(titles):
         top = row * row_height
-        text = textwrap.shorten(title, max_characters, placeholder=" ...")
+        text = " ".join(title.split())[:max_characters]  # a line break would need another row
         draw.text((gap, top + gap // 2), text, "black", font)
         for index, column in enumerate(columns):
             sheet.paste(column[row], (gap + index * step, top + line))
