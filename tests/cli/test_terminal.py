@@ -125,21 +125,27 @@ def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "expected"),
+    ("outcome", "small_rank", "expected"),
     [
-        ("kept", "64"),
-        ("not better", "did not improve"),
-        ("nothing to train", "as good as"),
-        ("no examples", "not trained"),
+        ("kept", 1, ["64", "Rank 2", "raised", "0.25"]),
+        ("not better", 0, ["not kept", "Rank 1", "0.5"]),
+        ("nothing to train", 0, ["0.0123", "rank 4"]),
+        ("no examples", 0, ["not trained"]),
     ],
 )
-def test_training_of_ranks_says_whether_they_were_trained(outcome: Any, expected: str) -> None:
-    losses_after = {1: 0.5} if outcome in ("kept", "not better") else {}
+def test_training_of_ranks_says_which_losses_decided(
+    outcome: Any, small_rank: int, expected: list[str]
+) -> None:
+    is_trained = outcome in ("kept", "not better")
+    losses_after = {1: 0.5 if small_rank else 1.5, 2: 0.75} if is_trained else {}
+    losses = {1: 1.0, 2: 0.5, 4: 0.011}
     result = TrainRanksResult(
-        Path("out"), outcome, 1, {1: 48, 4: 16}, {1: 1.0, 4: 0.011}, losses_after
-    )
-    first_line, *table = str(result).splitlines()
-    assert expected in first_line
-    assert table[-2].split() == ["1", "1.000", *(["0.500"] if losses_after else [])]
-    assert table[-1].split() == ["4", "0.011"]
-    assert repr(result) == str(result)
+        Path("out"), outcome, small_rank, {1: 48, 4: 16}, losses, losses_after, 0, 1.0, True,
+        base_loss=2.25, max_gap=0.0123,
+    )  # fmt: skip
+    text = str(result)
+    assert all(word in text for word in expected)
+    assert ("was not kept" in text) == is_trained
+    *_, base, _, _, last = (line.split() for line in text.splitlines())
+    assert (base, last) == (["base", "2.250"], ["4", "0.011"])
+    assert repr(result) == text

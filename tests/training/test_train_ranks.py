@@ -171,6 +171,8 @@ def test_nothing_is_trained_where_no_rank_is_behind(caplog: pytest.LogCaptureFix
     assert (result.outcome, result.num_examples, result.small_rank) == ("nothing to train", 0, 0)
     assert result.losses_after == {}
     assert set(result.losses_before) == {1, 2, 4, 8}
+    assert result.base_loss == pytest.approx(loss_at_rank(adapter, VALIDATION, 0), rel=0.01)
+    assert result.max_gap == pytest.approx(0.02 * (result.base_loss - result.losses_before[8]))
     assert all_equal(before, copy_lora_parameters(adapter))
     assert adapter.order == "svd"
 

@@ -66,6 +66,9 @@ class TrainRanksResult:
         seconds: The time of training and validation.
         is_held_out: Whether the validation examples are an evaluation set, and no training
             examples.
+        base_loss: The validation loss of the base model; None without examples.
+        max_gap: The threshold: a rank is behind rank R if its validation loss is larger by more
+            than this; None without examples.
     """
 
     path: Path | None
@@ -77,26 +80,46 @@ class TrainRanksResult:
     num_tokens: int = 0
     seconds: float = 0.0
     is_held_out: bool = True
+    base_loss: float | None = None
+    max_gap: float | None = None
 
     def __repr__(self) -> str:
-        """Return the outcome, and a table of the validation losses."""
+        """Return the outcome with the losses that decided, and a table of the validation losses."""
         tokens = f"{self.num_tokens:,} tokens, " if self.num_tokens else ""
         price = f"{pluralize(self.num_examples, 'example')} ({tokens}{self.seconds:.0f} s)"
+        nothing_to_train = "There is only one nested rank, so nothing was trained."
+        if self.max_gap is not None:
+            max_rank = max(self.losses_before)
+            nothing_to_train = (
+                "Nothing was trained: the validation loss of no rank is above that of rank "
+                f"{max_rank} by more than the threshold, {self.max_gap:.3g}. The ranks can be used "
+                "as `reorder` made them."
+            )
         lines = [
             {
                 "kept": f"The ranks up to {self.small_rank} were trained on {price}. Larger "
                 "ones are unchanged.",
-                "not better": "Training did not improve the ranks, so the trained ones were not "
-                "kept.",
-                "nothing to train": "All ranks are as good as the largest one already, so nothing "
-                "was trained.",
+                "not better": f"The ranks were trained on {price}, but are not kept. They can be "
+                "used as `reorder` made them.",
+                "nothing to train": nothing_to_train,
                 "no examples": "The Trainer's examples cannot be used, so the ranks were not "
                 "trained.",
             }[self.outcome]
         ]
+        # A rank is kept if neither its loss nor that of a smaller rank rises.
+        worse_rank = next((rank for rank in self.losses_after if rank > self.small_rank), None)
+        if worse_rank is not None:
+            before = self.losses_before[worse_rank]
+            rise = self.losses_after[worse_rank] - before
+            lines.append(
+                f"Rank {worse_rank} was not kept: training raised its validation loss by "
+                f"{rise:.2g}, from {before:.4g}."
+            )
         if self.losses_before:
             heading = "  rank  validation loss"
             lines.append(f"{heading}  after training" if self.losses_after else heading)
+        if self.base_loss is not None:
+            lines.append(f"{'base':>6}  {self.base_loss:15.3f}")
         for rank, loss in self.losses_before.items():
             is_trained = rank in self.losses_after
             after = f"  {self.losses_after[rank]:14.3f}" if is_trained else ""

@@ -167,6 +167,8 @@ def train_ranks(
                 losses_before=before,
                 seconds=time.perf_counter() - start,
                 is_held_out=split.is_held_out,
+                base_loss=base_loss,
+                max_gap=max_gap,
             )
             return result, None
         # The first rank above all that are behind, or else the largest one below R.
@@ -202,6 +204,8 @@ def train_ranks(
         num_tokens=num_tokens,
         seconds=time.perf_counter() - start,
         is_held_out=split.is_held_out,
+        base_loss=base_loss,
+        max_gap=max_gap,
     )
     for rank in low_ranks:
         if after[rank] > before[rank]:
