@@ -87,7 +87,7 @@ class Selection:
         }
 
     def __repr__(self) -> str:
-        """Return the rank, its differences from other ranks and the base model, and the claim."""
+        """Return the claim, the rank, and its differences from other ranks and the base model."""
         evaluation, task = self.evaluation, self.task
         result = evaluation.tasks[task]
         value = evaluation.values(task)[self.rank]
@@ -95,7 +95,19 @@ class Selection:
         summary = f"Rank {self.rank} ({size}): {result.metric_name} {value:.3f} on {task}"
         if self.bound is not None:
             summary += f", within the bound {self.bound:.3f}"
-        lines = [f"{summary}; {pluralize(result.num_examples, 'question')}"]
+        lines: list[str] = []
+        # First whether the rank is certain: the values alone may have selected it by chance.
+        if self.within is not None and self.rank < evaluation.ranks[-1]:
+            claim = f"better than rank {self.rank} by more than {100 * self.within:.4g}%"
+            line = f"No larger rank is {claim} (95% confidence)."
+            if self.unresolved_ranks:
+                ranks = ", ".join(map(str, self.unresolved_ranks))
+                line = f"Too few questions to exclude that a larger rank is {claim}: {ranks}."
+                if self.num_questions_needed is not None:
+                    line += f" About {self.num_questions_needed} would be enough."
+                summary = f"By the values alone: {summary}"
+            lines.append(line)
+        lines.append(f"{summary}; {pluralize(result.num_examples, 'question')}")
         differences = self.differences()
         if differences:
             lines.append(f"Compared with rank {self.rank}, ± one standard error of the difference:")
@@ -104,16 +116,6 @@ class Selection:
         for name, metric in result.metrics.items():
             if metric.higher_is_better and set(metric.values.values()) == {0}:
                 lines.append(f"{name.removesuffix(',none')} is 0 at every rank.")
-        if self.within is not None and self.rank < evaluation.ranks[-1]:
-            claim = f"better by more than {100 * self.within:.4g}%"
-            if self.unresolved_ranks:
-                ranks = ", ".join(map(str, self.unresolved_ranks))
-                line = f"Too few questions to exclude that a larger rank is {claim}: {ranks}."
-                if self.num_questions_needed is not None:
-                    line += f" About {self.num_questions_needed} would be enough."
-            else:
-                line = f"No larger rank is {claim} (95% confidence)."
-            lines.append(line)
         return join_lines(lines)
 
 
