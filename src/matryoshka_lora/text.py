@@ -48,6 +48,13 @@ def format_percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
+def format_value(value: float | None, standard_error: float | None) -> str:
+    """Return a value with its standard error; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if standard_error is None else f"{value:.3f} ± {standard_error:.3f}"
+
+
 def format_range(values: Iterable[float]) -> str:
     """Return the smallest and the largest value, such as ``"2 to 8"``."""
     values = list(values)

@@ -12,8 +12,12 @@ from helpers.evaluations import NUM_CORRECT, NUM_EXAMPLES, new_evaluation
 from helpers.models import nested_llama
 from helpers.plain_peft import plain_adapter
 from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from matryoshka_lora import Nesting, combine, export, reorder
+from matryoshka_lora.formats.open import open_lora
+from matryoshka_lora.formats.safetensors_io import NESTING_KEY
 
 BASE_MODEL = "org/base"
 FIELDS = {
@@ -180,10 +184,12 @@ def test_a_link_out_of_the_folder_is_not_read(name: str, tmp_path: Path) -> None
 def test_the_scores_of_an_evaluation_are_in_the_card(tmp_path: Path) -> None:
     """As a table, and as results that the Hub reads."""
     adapter = nested_llama(Nesting((1, 2, 4)))
-    evaluation = new_evaluation("family", "a|b")
+    evaluation = new_evaluation("family", "a|b", dtype="bfloat16")
     folder = adapter.save_pretrained(tmp_path / "adapter", evaluation=evaluation)
     card = ModelCard.load(folder / "README.md")
-    assert "| base model | 0.333 | 0.333 |" in card.text
+    assert "| base model | 0.333 ± 0.061 | 0.333 ± 0.061 |" in card.text
+    assert all(word in card.text for word in ("family: 60 questions", "bfloat16"))
+    assert "Run `matryoshka eval`" not in card.text
     assert "a|b" not in card.text
     results = {
         (result.dataset_name, result.metric_name): result.metric_value
@@ -194,4 +200,44 @@ def test_the_scores_of_an_evaluation_are_in_the_card(tmp_path: Path) -> None:
             value = results["family", f"acc at rank {rank}"]
             assert value == results["a|b", f"acc at rank {rank}"] == count / NUM_EXAMPLES
     adapter.save(tmp_path / "without")
-    assert "model-index" not in (tmp_path / "without" / "README.md").read_text()
+    text = (tmp_path / "without" / "README.md").read_text()
+    assert "model-index" not in text
+    assert "Run `matryoshka eval`" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [
+        ({"rank": 2}, 2),
+        ({"rank": 4}, 4),
+        ({"rank": 3}, None),  # was not evaluated
+        ({"rank": 2, "scale": {"*": 0.5}}, None),  # computes something else
+        ({"rank": 2, "keep": "99%"}, None),
+        ({"rank": 8, "pad": True}, None),
+    ],
+    ids=str,
+)
+def test_an_exported_rank_has_its_scores_and_says_how_to_load_it(
+    options: dict[str, Any], rank: int | None, tmp_path: Path
+) -> None:
+    adapter = nested_llama(Nesting((1, 2, 4)))
+    adapter.save(tmp_path / "adapter", evaluation=new_evaluation())
+    export(tmp_path / "adapter", tmp_path / "output", **options)
+    card = ModelCard.load(tmp_path / "output" / "README.md")
+    assert 'PeftModel.from_pretrained(base_model, "THIS_FOLDER")' in card.text
+    rows = [line.split()[1] for line in card.text.splitlines() if "±" in line and "|" in line]
+    assert rows == ([] if rank is None else ["base", str(rank)])
+    names = [result.metric_name for result in card.data.eval_results or ()]
+    assert names == ([] if rank is None else [f"acc at rank {rank}"])
+
+
+@pytest.mark.parametrize("scores", [3, [{"task": "x"}], [{"values": 1, "standard_errors": 2}]])
+def test_damaged_scores_are_not_read(scores: Any, tmp_path: Path) -> None:
+    nested_llama(Nesting((1, 2, 4))).save(tmp_path / "adapter", evaluation=new_evaluation())
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    with safe_open(file, "np") as tensors:
+        metadata = tensors.metadata()
+    metadata[NESTING_KEY] = json.dumps({**json.loads(metadata[NESTING_KEY]), "scores": scores})
+    save_file(load_file(file), file, metadata)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert open_lora(tmp_path / "adapter").nesting is None

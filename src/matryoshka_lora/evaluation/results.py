@@ -19,8 +19,9 @@ import numpy as np
 from matryoshka_lora.atomic import replace_file
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.lora.results import Scores
 from matryoshka_lora.nesting import check_ranks
-from matryoshka_lora.text import format_table, join_lines
+from matryoshka_lora.text import format_table, format_value, join_lines
 from matryoshka_lora.units import format_size, pluralize
 
 EVALUATION_NAME = "evaluation.json"
@@ -244,15 +245,20 @@ class Evaluation:
         result = self.tasks[self.task_name(task)]
         return result.metrics[result.primary_metric]
 
-    def scores(self) -> dict[tuple[str, str], dict[int, float]]:
-        """Return the primary metric of each task by rank, by the names of task and metric."""
-        scores: dict[tuple[str, str], dict[int, float]] = {}
-        for task, result in self.tasks.items():
-            values = result.metrics[result.primary_metric].values
-            scores[task, result.metric_name] = {
-                rank: value for rank, value in values.items() if value is not None
-            }
-        return scores
+    def scores(self) -> tuple[Scores, ...]:
+        """Return each metric of each task by rank, for a model card."""
+        return tuple(
+            Scores(
+                task,
+                name.removesuffix(",none"),
+                result.num_examples,
+                self.settings.get("dtype", "unknown"),
+                {rank: value for rank, value in metric.values.items() if value is not None},
+                metric.standard_errors,
+            )
+            for task, result in self.tasks.items()
+            for name, metric in result.metrics.items()
+        )
 
     def values(self, task: str | None = None) -> dict[int, float | None]:
         """Return the primary metric by rank, without the base model.
@@ -370,13 +376,6 @@ class Evaluation:
                 f"{file} is damaged ({error}), or evaluate() has not written it. Evaluate again."
             ) from error
         return cls(fields["settings"], ranks, sizes, tasks, examples)
-
-
-def format_value(value: float | None, standard_error: float | None) -> str:
-    """Return a value with its standard error; "" for None."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if standard_error is None else f"{value:.3f} ± {standard_error:.3f}"
 
 
 def _read_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:

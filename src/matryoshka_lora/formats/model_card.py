@@ -14,7 +14,9 @@ from matryoshka_lora.atomic import CREATED_WITH
 from matryoshka_lora.formats.hub import CARD_NAME, LICENSE_FILES, is_foreign_link, split_hub_id
 from matryoshka_lora.lora.convert import part_of_pipeline
 from matryoshka_lora.lora.lora import Lora
-from matryoshka_lora.registry import ANSWERS_CAVEAT, PICTURES_CAVEAT
+from matryoshka_lora.registry import ANSWERS_CAVEAT, FORMATS, PICTURES_CAVEAT
+from matryoshka_lora.text import format_value
+from matryoshka_lora.units import pluralize
 
 ORIGINAL_HEADING = "# Original model card"
 """The heading of the text of the source's card."""
@@ -155,7 +157,7 @@ def model_card(
         hub_id = base_model
     else:
         # Do not publish a local path, nor let a name add text to the card.
-        title = re.sub(r"[^\w. -]", "?", Path(base_model).name)
+        title = _plain(Path(base_model).name)
 
     # vLLM and others read only the factors.
     runtimes = "PEFT" if lora.other_tensors else "PEFT, vLLM and other runtimes"
@@ -168,6 +170,9 @@ def model_card(
             f"Its update has a relative error of {original_error:.1%} against the original, which "
             "it was truncated from."
         )
+    load = FORMATS["peft"].load.format(path='"THIS_FOLDER"')
+    paragraphs.append(f"```python\nfrom peft import PeftModel\n\nmodel = {load}\n```")
+    scores = _score_table(lora)
     if lora.nesting is not None:
         available = f"every rank from 1 to {lora.max_rank}, in the order `{lora.order}`"
         if lora.deploy == "paper":
@@ -179,12 +184,16 @@ def model_card(
             trained = " (trained)" if rank <= lora.small_rank else ""
             rows.append(f"| {rank} | {error:.1%}{trained} |")
         paragraphs += [
-            f"The adapter is nested: it can be deployed at {available}. To write another rank:",
+            f"The adapter is nested: PEFT loads rank {lora.max_rank}, and it can be deployed at "
+            f"{available}. To write another rank:",
             "```\nmatryoshka export THIS_FOLDER --rank RANK --output OUTPUT\n```",
-            "\n".join([*rows, "", PICTURES_CAVEAT if part_of_pipeline(lora) else ANSWERS_CAVEAT]),
-            *_score_table(lora),
-            _CITATION,
+            "\n".join(rows),
         ]
+        if not scores:
+            paragraphs.append(PICTURES_CAVEAT if part_of_pipeline(lora) else ANSWERS_CAVEAT)
+    paragraphs += scores
+    if lora.nesting is not None:
+        paragraphs.append(_CITATION)
     if len(sources) > 1 and any(source.values("license") for source in sources):
         paragraphs += [LICENSES_HEADING, _license_list(sources)]
     if len(sources) == 1 and sources[0].text:
@@ -197,15 +206,38 @@ def model_card(
 
 
 def _score_table(lora: Lora) -> list[str]:
-    """Return a paragraph with the scores of each rank; none without scores."""
-    if not lora.scores:
+    """Return paragraphs with the scores of each rank that the output has; none without scores."""
+    ranks = _scored_ranks(lora)
+    if not ranks:
         return []
-    names = [re.sub(r"[^\w. -]", "?", f"{task} {metric}") for task, metric in lora.scores]
+    names = [_plain(f"{scores.task} {scores.metric}") for scores in lora.scores]
     lines = [f"| rank | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for rank in sorted({rank for values in lora.scores.values() for rank in values}):
-        cells = [f"{values[rank]:.3f}" if rank in values else "" for values in lora.scores.values()]
-        lines.append(f"| {rank or 'base model'} | {' | '.join(cells)} |")
-    return ["\n".join(lines)]
+    for rank in (0, *ranks):
+        cells = [
+            format_value(scores.values.get(rank), scores.standard_errors.get(rank))
+            for scores in lora.scores
+        ]
+        if any(cells):
+            lines.append(f"| {rank or 'base model'} | {' | '.join(cells)} |")
+    counts = {
+        f"{_plain(scores.task)}: {pluralize(scores.num_questions, 'question')}"
+        for scores in lora.scores
+    }
+    dtypes = ", ".join(sorted({_plain(scores.dtype) for scores in lora.scores}))
+    questions = ", ".join(sorted(counts))
+    note = f"± is one standard error. {questions}. Dtype of the base model: {dtypes}."
+    return ["\n".join(lines), note]
+
+
+def _scored_ranks(lora: Lora) -> list[int]:
+    """Return the ranks of an output that have scores: all, or its own if it is not nested."""
+    ranks = {rank for scores in lora.scores for rank in scores.values if rank > 0}
+    return sorted(ranks if lora.nesting is not None else ranks & {lora.max_rank})
+
+
+def _plain(name: str) -> str:
+    """Return a name that cannot add markup to the card."""
+    return re.sub(r"[^\w. -]", "?", name)
 
 
 def _front_matter(
@@ -230,15 +262,15 @@ def _front_matter(
     eval_results = [
         EvalResult(
             task_type=fields["pipeline_tag"] or "text-generation",
-            dataset_type=task,
-            dataset_name=task,
-            metric_type=metric,
-            metric_name=f"{metric} at rank {rank}",
-            metric_value=value,
+            dataset_type=scores.task,
+            dataset_name=scores.task,
+            metric_type=scores.metric,
+            metric_name=f"{scores.metric} at rank {rank}",
+            metric_value=scores.values[rank],
         )
-        for (task, metric), values in lora.scores.items()
-        for rank, value in values.items()
-        if lora.nesting is not None and rank > 0
+        for scores in lora.scores
+        for rank in _scored_ranks(lora)
+        if rank in scores.values
     ]
     if eval_results:
         fields.update(eval_results=eval_results, model_name=f"LoRA of rank {lora.max_rank}")

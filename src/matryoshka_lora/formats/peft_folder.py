@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer, LayerKeys, StoredTensor, are_factors
 from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.results import Scores
 from matryoshka_lora.lora.save import Written
 from matryoshka_lora.lora.truncate import with_small
 from matryoshka_lora.nesting import Nesting
@@ -171,7 +172,8 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
         layers = lora.layers
         if order == "weighted":
             layers = tuple(_with_weighted_values(layer, saved) for layer in layers)
-    except (KeyError, ValueError, TypeError, RecursionError):
+        scores = tuple(map(_read_scores, saved.get("scores", ())))
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         reason = "the nesting in the metadata is damaged"
     else:
         expected = (nesting.max_rank, nesting.scale)
@@ -190,7 +192,7 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
             stacklevel=4,
         )
         return lora
-    lora = replace(lora, layers=layers, nesting=nesting, order=order, deploy=deploy)
+    lora = replace(lora, layers=layers, nesting=nesting, order=order, deploy=deploy, scores=scores)
     if small_rank == 0:
         return lora
     folder = lora.files[0].parent / SMALL_FOLDER
@@ -208,6 +210,18 @@ def _with_weighted_values(layer: Layer, saved: Mapping[str, Any]) -> Layer:
     if values.shape != (layer.rank,) or not np.isfinite(values).all():
         raise ValueError
     return replace(layer, weighted_values=values)
+
+
+def _read_scores(saved: Mapping[str, Any]) -> Scores:
+    errors = saved["standard_errors"].items()
+    return Scores(
+        str(saved["task"]),
+        str(saved["metric"]),
+        int(saved["num_questions"]),
+        str(saved["dtype"]),
+        {int(rank): float(value) for rank, value in saved["values"].items()},
+        {int(rank): None if error is None else float(error) for rank, error in errors},
+    )
 
 
 def base_model_of(
@@ -307,6 +321,8 @@ def _prepare(lora: Lora) -> Lora:
             # A placeholder of equal length, which is replaced once the factors are written.
             "checksum": Checksum().hexdigest(),
         }
+        if lora.scores:  # the card of an exported rank shows them
+            nesting["scores"] = [asdict(scores) for scores in lora.scores]
         if lora.order == "weighted":
             nesting["weighted_values"] = {
                 layer.name: [float(f"{value:.6g}") for value in layer.weighted_values]

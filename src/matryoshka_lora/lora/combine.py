@@ -84,6 +84,7 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
         small=None,
         deploy="reordered",
         original_error=0.0,  # the sum is a new original
+        scores=(),
     )
     if total.container == "peft":
         return replace(total, config=_merge_configs([lora.config for lora in loras], layers))

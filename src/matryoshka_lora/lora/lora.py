@@ -27,6 +27,7 @@ from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.linalg.factors import squared_tails
 from matryoshka_lora.lora import convert, save, transforms, truncate
 from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor
+from matryoshka_lora.lora.results import Scores
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank, check_ranks
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, DtypeName, FormatName, KeyFormat
@@ -57,8 +58,8 @@ class Lora:
             arXiv 2605.07850.
         original_error: The relative error of its largest rank against the LoRA, or the change of a
             model, that it was truncated from; 0 if it was not truncated.
-        scores: Scores by rank from an evaluation, by task and metric, for the model card of a
-            nested adapter. Rank 0 is the base model.
+        scores: The scores of its ranks from an evaluation, for the model card. A verb that changes
+            what a rank computes drops them.
         notes: What the user should know of an output, one sentence each.
         changes: What was done to the layers, such as ``"left out 2 layers of 14"``.
     """
@@ -75,7 +76,7 @@ class Lora:
     small: Lora | None = None
     deploy: Deploy = "reordered"
     original_error: float = 0.0
-    scores: Mapping[tuple[str, str], Mapping[int, float]] = field(default_factory=dict)
+    scores: tuple[Scores, ...] = ()
     notes: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
 
@@ -232,11 +233,12 @@ class Lora:
             small=None,
             deploy="reordered",
             original_error=0.0,
+            scores=(),
         )
 
     def _both(self, verb: Callable[[Lora], Lora]) -> Lora:
         """Return the LoRA after a verb that keeps the components, with its small adapter."""
-        new = verb(replace(self, small=None))
+        new = verb(replace(self, small=None, scores=()))
         return new if self.small is None else replace(new, small=verb(self.small))
 
     # The verbs

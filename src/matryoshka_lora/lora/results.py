@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,27 @@ class ReorderResult:
 
 def _format(errors: dict[int, float]) -> str:
     return ", ".join(f"{rank}: {format_percent(error)}" for rank, error in errors.items())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A metric of an evaluation by rank, for a model card. Rank 0 is the base model.
+
+    Attributes:
+        task: The name of the task.
+        metric: The name of the metric.
+        num_questions: The number of questions of the task.
+        dtype: The dtype of the base model.
+        values: The value of each rank.
+        standard_errors: Its standard error over the questions; None if it is unknown.
+    """
+
+    task: str
+    metric: str
+    num_questions: int
+    dtype: str
+    values: Mapping[int, float]
+    standard_errors: Mapping[int, float | None]
 
 
 @dataclass(frozen=True)

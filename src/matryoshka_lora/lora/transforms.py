@@ -283,6 +283,7 @@ def pad(lora: Lora, rank: int) -> Lora:
         order=None,
         small=None,
         deploy="reordered",
+        scores=(),
         changes=changes,
     )
 

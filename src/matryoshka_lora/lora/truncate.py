@@ -44,7 +44,7 @@ def reorder(lora: Lora) -> Lora:
     is left out. In a PEFT folder each layer is padded to the largest rank; in a single file it
     keeps its own.
     """
-    return nested(replace(lora, order=None, small=None, deploy="reordered"))
+    return nested(replace(lora, order=None, small=None, deploy="reordered", scores=()))
 
 
 def nested(lora: Lora) -> Lora:
@@ -127,7 +127,8 @@ def truncate(
     ranks = {layer.name: min(max_rank, layer.rank) for layer in lora.layers}
     if keep is None and error is None and max_bytes is None:
         if lora.small is not None and max_rank <= lora.small_rank:
-            return truncate(replace(lora.small, name=lora.name, files=lora.files), max_rank)
+            small = replace(lora.small, name=lora.name, files=lora.files, scores=lora.scores)
+            return truncate(small, max_rank)
         return with_ranks(lora, ranks)
     if keep is not None and error is not None:
         raise MatryoshkaError("Pass `keep` or `error`, not both.")
@@ -148,7 +149,7 @@ def truncate(
             ranks[name] = min(ranks[name], rank_for_share(spectrum.singular_values, share))
     if max_size is not None:
         ranks = fit_size(lora, spectra, ranks, max_size)
-    truncated = with_ranks(lora, ranks)
+    truncated = with_ranks(replace(lora, scores=()), ranks)
     if max_error is not None:
         errors = {name: squared_tails(value.singular_values) for name, value in spectra.items()}
         is_limited = relative_error(errors, ranks) > max_error * (1 + 1e-6)
