@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,9 +126,14 @@ def test_a_trained_adapter_is_saved_next_to_an_existing_path(tmp_path: Path) -> 
     adapter = llama_in_form("svd")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").write_text("mine")
-    for number in (2, 3):
-        with pytest.warns(UserWarning, match=f"a-{number}"):
-            assert adapter.save(tmp_path / "a") == tmp_path / f"a-{number}"
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="a-2"):
+        warnings.simplefilter("error", UserWarning)
+        adapter.save(tmp_path / "a")  # the warning comes last
+    assert (tmp_path / "a-2" / WEIGHTS_NAME).exists()
+    with pytest.warns(UserWarning, match="a-3"):
+        assert adapter.save(tmp_path / "a") == tmp_path / "a-3"
+    with pytest.warns(UserWarning, match="a-3-2 instead.*force=True"):
+        adapter.save(tmp_path / "a-3")
     with pytest.warns(UserWarning, match="a-4"):  # what this package has not written
         adapter.save(tmp_path / "a", force=True)
     assert adapter.save(tmp_path / "a-2", force=True) == tmp_path / "a-2"

@@ -616,19 +616,21 @@ class NestedAdapter:
                 "factors.",
                 stacklevel=2,
             )
+        reason = ""
         try:
             check_output(path, force)
         except MatryoshkaError as error:
             is_parent = Path(path).resolve() in (Path.cwd(), *Path.cwd().parents)
             if is_parent or not is_occupied(Path(path)):
                 raise
-            free = free_folder(Path(path))
-            warnings.warn(f"{error} The adapter is saved to {free} instead.", stacklevel=2)
-            path = free
+            path, reason = free_folder(Path(path)), str(error)
         nested = lora.nested()
         if evaluation is not None:
             nested = replace(nested, scores=evaluation.scores())
-        return nested.save(path, "peft", force=force).path
+        folder = nested.save(path, "peft", force=force).path
+        if reason:  # last, after the progress, and even where warnings are errors
+            warnings.warn(f"The adapter is saved to {folder} instead. {reason}", stacklevel=2)
+        return folder
 
     @classmethod
     def from_pretrained(
