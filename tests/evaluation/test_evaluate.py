@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from helpers.loras import random_lora
 from helpers.models import randomize, tiny_llama
 from helpers.outputs import names_in
 from helpers.two_processes import run_in_two_processes
@@ -557,3 +558,12 @@ def test_two_processes_evaluate_as_one(on_disk: Path, tmp_path: Path) -> None:
             for key, metric in result.metrics.items():
                 actual = evaluation.tasks[task].metrics[key]
                 assert actual.values == pytest.approx(metric.values, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora"])
+def test_an_image_model_has_no_answers(tmp_path: Path, name: str) -> None:
+    lora = random_lora({"unet.down_blocks.0.attentions.0.to_q": (8, 8)})
+    lora.save(tmp_path / "lora.safetensors")
+    lora.convert("peft").save(tmp_path / "lora")
+    with pytest.raises(MatryoshkaError, match="causal language models"):
+        evaluate(tmp_path / name, data=[{"prompt": "a", "completion": "b"}])

@@ -191,13 +191,23 @@ def test_a_rank_is_one_file_for_the_pipeline(tmp_path: Path, kind: str) -> None:
     pipeline = type("Pipeline", (mixin,), {"components": {}, "hf_device_map": None})()
     setattr(pipeline, part, plain)
     pipeline.text_encoder = None
-    pipeline.load_lora_weights(str(tmp_path / "rank-2.safetensors"))
+    file = tmp_path / "rank-2.safetensors"
+    with pytest.raises(MatryoshkaError, match="load_lora_weights.*nest"):
+        load(plain, file)
+    pipeline.load_lora_weights(str(file), adapter_name="default")
     with torch.no_grad():
         expected, actual = (model(**inputs).sample for model in (base, plain))
         adapter.set_rank(0)
         without = base(**inputs).sample
+        adapter.set_rank(1)
+        nested = nest(plain)
+        nested.reorder()
+        nested.set_rank(1)
+        expected_rank_1, rank_1 = (model(**inputs).sample for model in (base, plain))
     assert distance(actual, expected) < 1e-5
+    assert distance(rank_1, expected_rank_1) < 1e-5
     assert distance(without, expected) > 1e-3
+    assert distance(rank_1, expected) > 1e-3
 
 
 @pytest.mark.parametrize("route", ["inject_adapter_in_model", "PeftModel"])

@@ -38,7 +38,7 @@ def open_lora(path: PathLike, *, revision: str | None = None, alpha: float | Non
 
 
 def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
-    """Open a LoRA in PEFT's format. See `open_lora` for arguments and errors.
+    """Open a LoRA in PEFT's format, for a causal language model. See `open_lora` for arguments.
 
     Raises:
         MatryoshkaError: The LoRA is a single file.
@@ -46,8 +46,8 @@ def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
     lora = open_lora(path, revision=revision)
     if lora.container == "single":
         raise MatryoshkaError(
-            f"{lora.name} is a single file, which names no base model. Pass a folder that PEFT has "
-            "saved."
+            f"{lora.name} is a single file, as for image models, and this is for causal language "
+            "models only. Pass a folder that PEFT has saved."
         )
     return lora
 

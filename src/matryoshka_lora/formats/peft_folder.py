@@ -30,6 +30,7 @@ from matryoshka_lora.formats.safetensors_io import (
     write_lora_tensors,
 )
 from matryoshka_lora.linalg.factors import Checksum
+from matryoshka_lora.lora.convert import part_of_pipeline
 from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer, LayerKeys, StoredTensor, are_factors
 from matryoshka_lora.lora.lora import Lora
@@ -238,6 +239,11 @@ def base_model_of(
     Raises:
         MatryoshkaError: The config names no base model, or one that is not a causal LM.
     """
+    if part_of_pipeline(lora):
+        raise MatryoshkaError(
+            f"{lora.name} is for an image model, and this is for causal language models only. "
+            "Export some ranks, and compare pictures of the same seed."
+        )
     name = base_model or lora.config.get("base_model_name_or_path")
     if not name:
         raise MatryoshkaError(f"{lora.name} does not name its base model. Pass `base_model`.")

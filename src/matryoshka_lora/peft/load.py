@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
-from matryoshka_lora.formats.open import open_adapter
+from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
@@ -71,7 +71,14 @@ def load(
             "`base_model` already has PEFT layers, but is no PeftModel. Pass the PeftModel, or "
             "unload its adapters first."
         )
-    lora = open_adapter(path, revision)
+    lora = open_lora(path, revision=revision)
+    if lora.container == "single":
+        name = f"adapter_name={adapter_name!r}"
+        raise MatryoshkaError(
+            f"{path} is a single file, which diffusers loads: call pipeline.load_lora_weights("
+            f"{str(path)!r}, {name}), then adapter = nest(pipeline.unet, {name}), or "
+            "pipeline.transformer, and adapter.reorder()."
+        )
     check_base_model(base_model, lora)
     with _remove_after_failure(base_model, adapter_name):
         enlarge_vocabulary(base_model, lora)
