@@ -17,7 +17,7 @@ from helpers.tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import matryoshka_lora as ml
-from matryoshka_lora import Lora
+from matryoshka_lora import Lora, MatryoshkaError
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.registry import FORMATS, FormatName
 
@@ -39,6 +39,16 @@ def test_a_format_is_registered_completely(name: Any, tmp_path: Path) -> None:
     assert choose_format(Lora("lora", (), container=container), output, name) is spec
     result = ml.ExportResult(output, name, {"a": 2}, 9, 8, {2: 0.5})
     assert str(output) in str(result)
+
+
+@pytest.mark.parametrize("container", ["peft", "single"])
+def test_the_suffix_of_a_file_is_safetensors(container: Any, tmp_path: Path) -> None:
+    """A file `x.sft` of ComfyUI would be a folder of that name."""
+    with pytest.raises(MatryoshkaError, match=r"lora\.safetensors"):
+        choose_format(Lora("lora", (), container=container), tmp_path / "lora.sft")
+    (tmp_path / "lora.sft").touch()
+    with pytest.raises(MatryoshkaError, match="rename"):
+        ml.open(tmp_path / "lora.sft")
 
 
 def test_every_name_is_registered() -> None:

@@ -84,7 +84,7 @@ def read(file: Path, alpha: float | None = None) -> Lora:
             raise MatryoshkaError(f"File not found: {file}")
         raise MatryoshkaError(
             f"{file} is not a LoRA that can be read. Pass a folder that PEFT has saved, or a "
-            ".safetensors file."
+            "file with the suffix .safetensors; rename a file with the suffix .sft."
         )
     tensors, metadata = open_safetensors(file)
     original_error = pop_error(metadata)

@@ -198,6 +198,11 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
         MatryoshkaError: The LoRA, the format and the suffix of the path contradict each other.
     """
     suffix = Path(path).suffix.lower()
+    if suffix == ".sft":  # ComfyUI's other name of the suffix would become a folder of PEFT
+        raise MatryoshkaError(
+            f"A safetensors file is written with the suffix .safetensors, got {path}. Pass "
+            f"{Path(path).with_suffix('.safetensors')}."
+        )
     formats = {name: spec for name, spec in FORMATS.items() if lora.container in spec.containers}
     kind = "single file" if lora.container == "single" else "PEFT folder"
     if format is None:
