@@ -15,7 +15,7 @@ from helpers.single_files import kohya_name
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.linalg.factors import relative_error
 from matryoshka_lora.lora.combine import combine
-from matryoshka_lora.lora.convert import convert, has_key_format, match_key_formats
+from matryoshka_lora.lora.convert import convert, match_key_formats
 from matryoshka_lora.lora.keys import CONFIGS_KEY
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.lora.lora import Lora
@@ -57,9 +57,6 @@ def test_kohya_has_the_same_updates() -> None:
 def test_the_same_format_changes_nothing() -> None:
     lora = lora_of(*UNET_MODULES)
     assert convert(lora, "diffusers") == lora
-    assert has_key_format(lora, "diffusers")
-    assert not has_key_format(lora, "kohya")
-    assert not has_key_format(lora, "peft")
 
 
 def test_a_format_may_choose_alphas_that_are_new() -> None:

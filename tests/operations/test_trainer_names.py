@@ -287,14 +287,9 @@ def updates_in_diffusers(name: str, updates: Updates) -> Updates:
 
 
 def convert(source: Path, key_format: KeyFormat) -> Path:
-    """Return a file with other keys; the source, if it has them already."""
+    """Return a file with the keys of a format."""
     output = source.with_name(f"{source.stem}-{key_format}.safetensors")
-    try:
-        export(source, output, key_format=key_format)
-    except MatryoshkaError as error:
-        if "already" not in str(error):
-            raise
-        return source
+    export(source, output, key_format=key_format)
     return output
 
 

@@ -126,8 +126,7 @@ def test_a_trained_adapter_is_saved_next_to_an_existing_path(tmp_path: Path) -> 
     adapter = llama_in_form("svd")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").write_text("mine")
-    with warnings.catch_warnings(), pytest.raises(UserWarning, match="a-2"):
-        warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match="a-2"):
         adapter.save(tmp_path / "a")  # the warning comes last
     assert (tmp_path / "a-2" / WEIGHTS_NAME).exists()
     with pytest.warns(UserWarning, match="a-3"):

@@ -192,7 +192,7 @@ def test_a_rank_is_one_file_for_the_pipeline(tmp_path: Path, kind: str) -> None:
     setattr(pipeline, part, plain)
     pipeline.text_encoder = None
     file = tmp_path / "rank-2.safetensors"
-    with pytest.raises(MatryoshkaError, match="load_lora_weights.*nest"):
+    with pytest.raises(MatryoshkaError, match=r"load_lora_weights.*nest"):
         load(plain, file)
     pipeline.load_lora_weights(str(file), adapter_name="default")
     with torch.no_grad():

@@ -198,17 +198,6 @@ def _in_one_file(lora: Lora) -> Lora:
     return replace(lora, layers=layers, container="single", config={}, metadata={"format": "pt"})
 
 
-def has_key_format(lora: Lora, key_format: KeyFormat) -> bool:
-    """Return whether a LoRA of a single file has the keys of a format already.
-
-    Raises:
-        MatryoshkaError: `convert` cannot convert it to the format.
-        NotFiniteError: As in `convert`.
-    """
-    converted = convert(lora, key_format)
-    return [layer.keys for layer in converted.layers] == [layer.keys for layer in lora.layers]
-
-
 def match_key_formats(loras: Sequence[Lora]) -> list[Lora]:
     """Return LoRAs of single files that have the same names for the same modules.
 

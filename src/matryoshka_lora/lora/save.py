@@ -212,6 +212,8 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
         hint = "Convert it to a PEFT folder first, with `key_format='peft'` or convert('peft')."
         if lora.container == "peft":
             hint = f"Pass one of {', '.join(formats)}."
+        elif format == "ladder":
+            hint = "Export each rank to a file of its own."
         raise MatryoshkaError(
             f"{lora.name} is a {kind}, which cannot be written in format {format!r}. {hint}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -14,7 +13,7 @@ from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, short
 from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.linalg.factors import relative_error
-from matryoshka_lora.lora.convert import has_key_format, pipeline_key_format
+from matryoshka_lora.lora.convert import pipeline_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns
@@ -270,11 +269,8 @@ def _export(
     notes = [f"{change[0].upper()}{change[1:]}." for change in changed.changes]
     if key_format is not None:
         converted = changed.convert(key_format)
-        has_same_keys = [layer.keys for layer in converted.layers] == [
-            layer.keys for layer in lora.layers
-        ]
-        if has_same_keys and not (changes_ranks or dtype or drop or scale):
-            raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
+        if [layer.keys for layer in converted.layers] == [layer.keys for layer in changed.layers]:
+            notes.append(f"The source has keys of the {key_format} format already.")
         if len(converted.layers) != len(changed.layers):
             notes.append(
                 f"The {pluralize(len(changed.layers), 'layer')} are {len(converted.layers)} in the "
@@ -361,9 +357,11 @@ def _check_request(
             "or `key_format`."
         )
     if not is_ladder and isinstance(rank, Sequence):
+        hint = "Only `format='ladder'` takes several."
+        if output_format.name == "single":
+            hint = "Export each rank to a file of its own."
         raise MatryoshkaError(
-            f"`rank` must be an integer in format {output_format.name!r}, got {short(rank)}. Only "
-            "`format='ladder'` takes several."
+            f"`rank` must be an integer in format {output_format.name!r}, got {short(rank)}. {hint}"
         )
     if rank is not None and not isinstance(rank, Sequence):
         check_rank(rank)
@@ -504,12 +502,7 @@ def _rank_for(
         return [value for value in rank if value <= lora.max_rank] or [lora.max_rank]
     if rank is not None:
         return rank if options.get("pad") else min(rank, lora.max_rank)
-    has_other_change = any(options.get(name) for name in ("keep", "error", "max_bytes", "dtype"))
-    if has_other_change or matching_patterns(lora, patterns):
+    changes = ("keep", "error", "max_bytes", "dtype", "key_format")
+    if any(options.get(name) for name in changes) or matching_patterns(lora, patterns):
         return None
-    key_format = options.get("key_format")
-    if key_format is not None:
-        with suppress(MatryoshkaError):  # its own export reports it
-            if lora.container == "peft" or not has_key_format(lora, key_format):
-                return None
     return lora.max_rank  # it is only rewritten
