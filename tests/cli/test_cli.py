@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.evaluations import new_evaluation
+from helpers.loras import random_lora
 from helpers.models import nested_llama
 from helpers.outputs import names_in
 from helpers.plain_peft import plain_adapter
@@ -209,6 +210,13 @@ def test_a_folder_for_a_server_gets_a_rank_of_vllm(
     code, stdout, _ = run(f"info folder --error {error}")
     assert code == 0
     assert stdout.splitlines()[-1] == f"Next: matryoshka {next_command}"
+
+
+def test_a_file_from_a_folder_says_which_programs_load_it(workspace: Path, run: Run) -> None:
+    """No program has loaded the folder."""
+    lora = random_lora({"unet.down_blocks.0.attentions.0.to_q": (8, 8)})
+    lora.convert("peft").save("unet")
+    assert "ComfyUI" in run("export unet --rank 1 -o new.safetensors")[1].splitlines()[-1]
 
 
 def test_export_changes_layers_by_patterns(workspace: Path, run: Run) -> None:

@@ -42,7 +42,7 @@ from matryoshka_lora.cli.terminal import (
     revision_option,
     with_flags,
 )
-from matryoshka_lora.registry import FORMATS, ImageKeyFormat, KeyFormat
+from matryoshka_lora.registry import FORMATS, ImageKeyFormat
 
 if TYPE_CHECKING:
     from matryoshka_lora.operations.export import ExportOptions, ExportResult
@@ -353,20 +353,15 @@ def export(
         lora, output, rank_or_ranks, format, revision=revision, alpha=alpha, **options
     )
     typer.echo(with_flags(str(result), {"rank"}))
-    print_line(f"Next: {_how_to_load(result, key_format)}")
+    print_line(f"Next: {_how_to_load(result)}")
 
 
-def _how_to_load(result: ExportResult, key_format: KeyFormat | None) -> str:
-    """Return how another program loads an exported LoRA.
-
-    Args:
-        result: The result.
-        key_format: The format of the keys, if it was changed.
-    """
+def _how_to_load(result: ExportResult) -> str:
+    """Return how another program loads an exported LoRA."""
     path = shlex.quote(str(result.path))
-    readers = {"kohya": "ComfyUI", "diffusers": "diffusers"}
-    if result.format == "single" and key_format in readers:
-        return f"load {path} with {readers[key_format]}"
+    readers = {"kohya": "ComfyUI, or diffusers for a U-Net", "diffusers": "diffusers"}
+    if result.key_format in readers:
+        return f"load {path} with {readers[result.key_format]}"
     if result.format == "peft":  # Python, and not a command
         path = repr(str(result.path))
     return FORMATS[result.format].load.format(path=path)

@@ -94,6 +94,8 @@ class ExportResult:
         trained_ranks: The ranks in ``errors`` that were trained, so that they minimise the loss.
         weighted_error: The weighted error, if examples have weighted the order and the output is
             one prefix of each layer.
+        key_format: The format of the keys, if it was requested, or chosen for a file that was
+            exported from a PEFT folder.
     """
 
     path: Path
@@ -105,6 +107,7 @@ class ExportResult:
     notes: tuple[str, ...] = ()
     trained_ranks: tuple[int, ...] = ()
     weighted_error: float | None = None
+    key_format: KeyFormat | None = None
 
     def __repr__(self) -> str:
         """Return the ranks, sizes, errors and notes, as `matryoshka export` prints them."""
@@ -328,6 +331,7 @@ def _export(
         notes=(*changed.notes, *notes),
         trained_ranks=trained_ranks,
         weighted_error=weighted_error,
+        key_format=key_format,
     )
 
 
