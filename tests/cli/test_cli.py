@@ -212,11 +212,12 @@ def test_a_folder_for_a_server_gets_a_rank_of_vllm(
     assert stdout.splitlines()[-1] == f"Next: matryoshka {next_command}"
 
 
-def test_a_file_from_a_folder_says_which_programs_load_it(workspace: Path, run: Run) -> None:
-    """No program has loaded the folder."""
+def test_an_export_of_an_image_model_says_which_programs_load_it(workspace: Path, run: Run) -> None:
+    """No program has loaded the folder, and `eval` does not take it."""
     lora = random_lora({"unet.down_blocks.0.attentions.0.to_q": (8, 8)})
     lora.convert("peft").save("unet")
     assert "ComfyUI" in run("export unet --rank 1 -o new.safetensors")[1].splitlines()[-1]
+    assert "Compare pictures" in run("export unet --rank 1 -o new")[1]
 
 
 def test_export_changes_layers_by_patterns(workspace: Path, run: Run) -> None:

@@ -57,6 +57,8 @@ def test_kohya_has_the_same_updates() -> None:
 def test_the_same_format_changes_nothing() -> None:
     lora = lora_of(*UNET_MODULES)
     assert convert(lora, "diffusers") == lora
+    unknown = random_lora({"lora_unet_a_b": (8, 8), "lora_te_c": (4, 8)}, "kohya", has_alpha=True)
+    assert convert(unknown, "kohya") == unknown
 
 
 def test_a_format_may_choose_alphas_that_are_new() -> None:

@@ -197,7 +197,7 @@ def evaluate(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Evaluate an adapter at several ranks, and the base model without it.
+    """Evaluate an adapter of a causal language model at several ranks, and the model without it.
 
     Prompts and scoring come from lm-evaluation-harness. Prints a table, and writes the numbers, the
     answers and a plot.

@@ -9,7 +9,7 @@ from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats import peft_folder, single_file
 from matryoshka_lora.formats.hub import local_path
-from matryoshka_lora.formats.peft_folder import CONFIG_NAME
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME, FOR_LANGUAGE_MODELS
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.nesting import is_valid_scale
 
@@ -46,8 +46,8 @@ def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
     lora = open_lora(path, revision=revision)
     if lora.container == "single":
         raise MatryoshkaError(
-            f"{lora.name} is a single file, as for image models, and this is for causal language "
-            "models only. Pass a folder that PEFT has saved."
+            f"{lora.name} is a single file, as for image models. {FOR_LANGUAGE_MODELS} Pass a "
+            "folder that PEFT has saved."
         )
     return lora
 

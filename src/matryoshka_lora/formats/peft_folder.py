@@ -42,6 +42,10 @@ from matryoshka_lora.registry import Target
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+FOR_LANGUAGE_MODELS = (
+    "Evaluation, reordering with examples, training of ranks, serving, and the formats merged, "
+    "gguf and mlx are for causal language models."
+)
 
 _FACTOR_SUFFIXES = (
     (".lora_A.weight", ".lora_B.weight"),
@@ -241,8 +245,8 @@ def base_model_of(
     """
     if part_of_pipeline(lora):
         raise MatryoshkaError(
-            f"{lora.name} is for an image model, and this is for causal language models only. "
-            "Export some ranks, and compare pictures of the same seed."
+            f"{lora.name} is for an image model. {FOR_LANGUAGE_MODELS} Export some ranks, and "
+            "compare pictures of the same seed."
         )
     name = base_model or lora.config.get("base_model_name_or_path")
     if not name:

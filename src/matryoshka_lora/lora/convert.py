@@ -546,7 +546,15 @@ def _rows_of_splits(module: Module, splits: Sequence[int], width: int) -> dict[i
 
 
 def _rename_layers(lora: Lora, key_format: KeyFormat) -> tuple[Layer, ...]:
-    """Return the layers of a model that is not known, from names of modules with dots."""
+    """Return the layers of a model that is not known, from names of modules with dots.
+
+    Layers with kohya's keys need no other names for kohya's format.
+    """
+    style = _STYLES[key_format]
+    if key_format == "kohya" and all(
+        "." not in layer.name and style.rename(layer, layer.name) == layer for layer in lora.layers
+    ):
+        return lora.layers
     for layer in lora.layers:
         # kohya's names have underscores for dots, so the module's name is unknown. Some programs
         # write kohya's suffixes after names with dots.
@@ -560,7 +568,6 @@ def _rename_layers(lora: Lora, key_format: KeyFormat) -> tuple[Layer, ...]:
     parts = {split_part(module)[0] for module in modules}
     if key_format == "peft":
         _check_one_part(lora, parts)
-    style = _STYLES[key_format]
     renamed = [
         style.rename(layer, _rename_module(module, key_format, parts))
         for layer, module in zip(lora.layers, modules, strict=True)

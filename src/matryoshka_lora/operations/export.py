@@ -13,13 +13,14 @@ from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, short
 from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.linalg.factors import relative_error
-from matryoshka_lora.lora.convert import pipeline_key_format
+from matryoshka_lora.lora.convert import part_of_pipeline, pipeline_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns
 from matryoshka_lora.nesting import check_rank
 from matryoshka_lora.registry import (
     FORMATS,
+    PICTURES_CAVEAT,
     DtypeName,
     Format,
     FormatName,
@@ -96,6 +97,7 @@ class ExportResult:
             one prefix of each layer.
         key_format: The format of the keys, if it was requested, or chosen for a file that was
             exported from a PEFT folder.
+        is_for_images: Whether it is for an image model of diffusers.
     """
 
     path: Path
@@ -108,6 +110,7 @@ class ExportResult:
     trained_ranks: tuple[int, ...] = ()
     weighted_error: float | None = None
     key_format: KeyFormat | None = None
+    is_for_images: bool = False
 
     def __repr__(self) -> str:
         """Return the ranks, sizes, errors and notes, as `matryoshka export` prints them."""
@@ -133,7 +136,7 @@ class ExportResult:
             lines.append("The output is not smaller than the source.")
         lines += self.notes
         if any(self.errors.values()):
-            lines.append(FORMATS[self.format].caveat)
+            lines.append(PICTURES_CAVEAT if self.is_for_images else FORMATS[self.format].caveat)
         return join_lines(lines)
 
 
@@ -332,6 +335,7 @@ def _export(
         trained_ranks=trained_ranks,
         weighted_error=weighted_error,
         key_format=key_format,
+        is_for_images=part_of_pipeline(lora) is not None,
     )
 
 
