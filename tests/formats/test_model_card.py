@@ -231,6 +231,14 @@ def test_an_exported_rank_has_its_scores_and_says_how_to_load_it(
     assert names == ([] if rank is None else [f"acc at rank {rank}"])
 
 
+def test_other_factors_have_no_scores(tmp_path: Path) -> None:
+    folder = nested_llama(Nesting((1, 2, 4))).save(tmp_path / "a", evaluation=new_evaluation())
+    combine([folder, folder], tmp_path / "sum")
+    open_lora(folder).map(lambda factors: factors._replace(B=2 * factors.B)).save(tmp_path / "map")
+    for name in ("sum", "map"):
+        assert "model-index" not in (tmp_path / name / "README.md").read_text()
+
+
 @pytest.mark.parametrize("scores", [3, [{"task": "x"}], [{"values": 1, "standard_errors": 2}]])
 def test_damaged_scores_are_not_read(scores: Any, tmp_path: Path) -> None:
     nested_llama(Nesting((1, 2, 4))).save(tmp_path / "adapter", evaluation=new_evaluation())
