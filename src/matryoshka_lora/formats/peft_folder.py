@@ -245,8 +245,8 @@ def base_model_of(
     """
     if part_of_pipeline(lora):
         raise MatryoshkaError(
-            f"{lora.name} is for an image model. {FOR_LANGUAGE_MODELS} Export some ranks, and "
-            "compare pictures of the same seed."
+            f"{lora.name} is for an image model. {FOR_LANGUAGE_MODELS} preview() draws "
+            "pictures at several ranks."
         )
     name = base_model or lora.config.get("base_model_name_or_path")
     if not name:
