@@ -174,11 +174,11 @@ def stable_diffusion_3() -> list[Module]:
         Module(
             f"{authors}context_block.adaLN_modulation.1",
             (f"{diffusers}norm1_context.linear",),
-            swaps_halves=True,
+            swapped_ratio=2,
             num_blocks=num_blocks,
         ),
         *rename(ends),
-        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped_ratio=2),
     ]
 
 
@@ -225,7 +225,7 @@ def flux() -> list[Module]:
             num_single_blocks,
         ),
         *rename(ends),
-        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped_ratio=2),
     ]
 
 
@@ -268,7 +268,7 @@ def flux_2() -> list[Module]:
         fused_qkv("double_blocks.{}.txt_attn.qkv", attention, ADDED_QKV, num_double_blocks),
         *rename(single, "single_blocks.{}.", "single_transformer_blocks.{}.", num_single_blocks),
         *rename(ends),
-        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped_ratio=2),
     ]
 
 
@@ -496,8 +496,8 @@ def module_fields(module: Module, ratios: Sequence[float] = ()) -> dict[str, Any
         fields["sizes"] = module.sizes
     if ratios:
         fields["ratios"] = ratios
-    if module.swaps_halves:
-        fields["swaps_halves"] = True
+    if module.swapped_ratio:
+        fields["swapped_ratio"] = module.swapped_ratio
     if module.num_blocks > 1:
         fields["num_blocks"] = module.num_blocks
     return fields

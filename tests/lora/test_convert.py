@@ -100,7 +100,7 @@ def test_names_with_dots_may_have_the_suffixes_of_kohya(key_format: KeyFormat) -
 
 
 @pytest.mark.parametrize("key_format", ["diffusers", "peft"])
-@pytest.mark.parametrize("module", ["diffusion_model.blocks.0.q", "transformer.blocks.0.q"])
+@pytest.mark.parametrize("module", ["unet.blocks.0.q", "transformer.blocks.0.q"])
 def test_metadata_of_diffusers_does_not_override_alphas(module: str, key_format: KeyFormat) -> None:
     """Programs that read alphas may ignore that metadata."""
     layer = layer_of(module, np.ones((2, 6)), np.ones((6, 2)), "kohya", alpha=1.0)
@@ -140,6 +140,10 @@ def test_a_peft_folder_has_the_names_of_the_modules_as_targets() -> None:
         (["unet.x"], "comfyui", "key_format"),
         (["unet.a.b_c", "unet.a_b.c"], "kohya", "two layers"),
         (["unet.x", "diffusion_model.x"], "kohya", "two layers"),
+        # ComfyUI's names are not diffusers' names.
+        (["diffusion_model.a.q"], "diffusers", "not known"),
+        (["diffusion_model.a.q"], "peft", "not known"),
+        (["transformer.blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_k"], "kohya", "drop"),
     ],
 )
 def test_a_format_without_a_name_for_a_layer_is_refused(
@@ -198,6 +202,14 @@ ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
             {"lora_unet_blocks_0_ffn_0": (6, 6), "lora_unet_blocks_0_self_attn_x": (6, 6)},
             "kohya",
             "dots",
+        ),
+        (
+            {
+                **{f"diffusion_model.blocks.{block}.ffn.0": (6, 6) for block in range(2)},
+                "diffusion_model.face_encoder.out_proj": (6, 6),
+            },
+            "diffusers",
+            r"Wan, and 1 other layer.*face_encoder",
         ),
     ],
 )

@@ -7,6 +7,7 @@ has one. That is exact, but may change the ranks.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -35,12 +36,14 @@ from matryoshka_lora.lora.keys import (
     find_modules,
     has_layer,
     is_text_encoder,
+    load_models,
     names_in_file,
     names_in_format,
     split_part,
 )
 from matryoshka_lora.lora.layer import Factors, Layer, LayerKeys, StoredTensor
 from matryoshka_lora.registry import KeyFormat
+from matryoshka_lora.units import pluralize
 
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
@@ -125,10 +128,11 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     if models:
         candidates = {model: names_in_format(model, key_format) for model in models}
         model = _choose_model(candidates, lora.layers, lora.name)
-        if key_format == "peft":
-            targets = find_modules(_layer_names(lora), model)
-            _check_one_part(lora, {target.part for target in targets.values()})
-        layers = _convert_layers(lora, model, candidates[model], _STYLES[key_format])
+        names = candidates[model]
+        parts = {target.part for target in find_modules(_layer_names(lora), model).values()}
+        if len({names.prefixes.get(part, part) for part in parts}) < len(parts):
+            _check_one_part(lora, parts)
+        layers = _convert_layers(lora, model, names, _STYLES[key_format])
     else:
         _check_shapes(lora)
         layers = _rename_layers(lora, key_format)
@@ -266,7 +270,7 @@ def _rename_weight_changes(lora: Lora, model: Model, names: LayerNames) -> Lora:
         match = WEIGHT_CHANGE.fullmatch(key)
         target = find_module(match["module"], model) if match else None
         name = names.of(target).get(target.splits) if target else None
-        has_other_rows = target and target.module.swaps_halves and target.names != names.names
+        has_other_rows = target and target.module.swapped_ratio and target.names != names.names
         if match is None or name is None or has_other_rows or f"{name}.{match['kind']}" in renamed:
             raise MatryoshkaError(
                 f"{lora.name}: {short(key)} cannot be renamed to the key format of the first LoRA. "
@@ -295,8 +299,9 @@ def _check_is_single_file(lora: Lora) -> None:
 def _check_one_part(lora: Lora, parts: Set[str]) -> None:
     if len(parts) > 1:
         raise MatryoshkaError(
-            f"{lora.name} is for several models of a pipeline, and a PEFT folder is for one. Pass "
-            "`key_format='diffusers'`."
+            f"{lora.name} is for several models of a pipeline, {' and '.join(sorted(parts))}, and "
+            "this format has the same names for them. Pass `key_format='diffusers'`, or leave out "
+            "the layers of the others with `drop`."
         )
 
 
@@ -326,17 +331,14 @@ def _choose_model(
     Raises:
         MatryoshkaError: The new names depend on the model, and it is not clear which one it is.
     """
-    models = list(candidates)
     widths = {layer.in_shape[0] for layer in layers if not is_text_encoder(layer.name)}
-    with_widths = [model for model in models if model.widths & widths]
-    if len(with_widths) == 1:
-        return with_widths[0]
+    models = [model for model in candidates if model.widths & widths] or list(candidates)
     if all(model.part == "unet" for model in models) or not widths:
         return models[0]
     new_names = []
-    for model, names in candidates.items():
+    for model in models:
         targets = find_modules([layer.name for layer in layers], model)
-        new_names.append([names.of(target) for target in targets.values()])
+        new_names.append([candidates[model].of(target) for target in targets.values()])
     if all(names == new_names[0] for names in new_names):
         return models[0]
     raise MatryoshkaError(
@@ -363,8 +365,8 @@ def _convert_layers(
                 "this name. Keep the keys as they are."
             )
         changes_names = target.names is not None and target.names != names.names
-        has_two_halves = layer.out_features == 2 * layer.in_shape[0]
-        if target.module.swaps_halves and changes_names and has_two_halves:
+        ratio = layer.out_features / layer.in_shape[0]
+        if changes_names and math.isclose(ratio, target.module.swapped_ratio, rel_tol=1e-3):
             layer = layer.map(
                 lambda factors: factors._replace(B=np.roll(factors.B, len(factors.B) // 2, axis=0))
             )
@@ -560,14 +562,22 @@ def _rename_layers(lora: Lora, key_format: KeyFormat) -> tuple[Layer, ...]:
         # write kohya's suffixes after names with dots.
         has_kohya_suffix = layer.keys.A.endswith(KOHYA_SUFFIXES.A) and "." in layer.name
         if not (has_kohya_suffix or layer.keys.A.endswith(DIFFUSERS_SUFFIXES.A)):
-            raise MatryoshkaError(
+            raise _unknown_names(
+                lora,
                 f"{short(layer.name)} cannot be renamed: it does not hold the name of the module "
-                "with its dots, and is not a name of a model that is known. Omit `key_format`."
+                "with its dots, and is not a name of a model that is known.",
             )
     modules = [name.removeprefix(PEFT_PREFIX) for name in _layer_names(lora)]
     parts = {split_part(module)[0] for module in modules}
     if key_format == "peft":
         _check_one_part(lora, parts)
+    if key_format != "kohya" and ORIGINAL_PART in parts:
+        module = next(module for module in modules if split_part(module)[0] == ORIGINAL_PART)
+        raise _unknown_names(
+            lora,
+            f"{short(module)} is the name that ComfyUI gives the module, and the names of "
+            "this model in diffusers are not known.",
+        )
     renamed = [
         style.rename(layer, _rename_module(module, key_format, parts))
         for layer, module in zip(lora.layers, modules, strict=True)
@@ -580,6 +590,28 @@ def _rename_layers(lora: Lora, key_format: KeyFormat) -> tuple[Layer, ...]:
                 f"{short(layer.name)}, such as a.b_c and a_b.c. Omit `key_format`."
             )
     return tuple(renamed)
+
+
+def _unknown_names(lora: Lora, reason: str) -> MatryoshkaError:
+    """Return the error for names that no model has. It says which model has most of them."""
+    names = _layer_names(lora)
+    ratios = lora.rows_per_input
+    known = {
+        model: {name for name in names if has_layer(model, name, ratios.get(name))}
+        for model in load_models()
+    }
+    most = max(len(known_names) for known_names in known.values())
+    if 2 * most <= len(names):
+        return MatryoshkaError(
+            f"{lora.name}: {reason} Omit `key_format`; all other options work for any model."
+        )
+    models = [model for model, known_names in known.items() if len(known_names) == most]
+    others = [name for name in names if name not in known[models[0]]]
+    return MatryoshkaError(
+        f"{lora.name} has layers of {' or '.join(model.name for model in models)}, and "
+        f"{pluralize(len(others), 'other layer')} whose names are not known, such as "
+        f"{short(others[0])}. Leave them out with `drop`, or omit `key_format`."
+    )
 
 
 def _rename_module(module: str, key_format: KeyFormat, parts: Set[str]) -> str:

@@ -96,6 +96,7 @@ _IMAGE_PREFIXES = (
     PEFT_PREFIX,
     "",
 )
+_SECOND_TRANSFORMER = "transformer_2"
 _AUTHORS_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _TEXT_ENCODER_PREFIXES = {
     f"{part}.": part for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -123,8 +124,8 @@ class Module:
         sizes: The number of rows of each split, in multiples of the number of inputs.
         ratios: Of a module that is not fused, the possible numbers of rows in multiples of the
             number of inputs. Empty if they differ between the versions of the model.
-        swaps_halves: Whether a weight with twice as many rows as inputs, shift and scale, has its
-            halves in the other order in diffusers.
+        swapped_ratio: A weight with this number of rows, in multiples of the number of inputs, has
+            its halves in the other order in diffusers, such as shift and scale. 0 for none.
         num_blocks: The number of blocks in the largest version of the model.
     """
 
@@ -132,7 +133,7 @@ class Module:
     diffusers: tuple[str, ...]
     sizes: tuple[float, ...] = (1,)
     ratios: tuple[float, ...] = ()
-    swaps_halves: bool = False
+    swapped_ratio: float = 0
     num_blocks: int = 1
 
 
@@ -193,6 +194,11 @@ class Model:
     text_encoder_modules: tuple[Module, ...]
     aliases: tuple[Alias, ...] = ()
     kohya_names: ModuleNames = "authors"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a pipeline that have its modules: Wan 2.2 has two transformers."""
+        return (self.part, _SECOND_TRANSFORMER) if self.part == "transformer" else (self.part,)
 
     @cached_property
     def targets(self) -> dict[str, TargetModule]:
@@ -256,7 +262,7 @@ def _load_modules(entries: Iterable[Mapping[str, Any]]) -> tuple[Module, ...]:
             diffusers=tuple(entry.get("diffusers", [entry["authors"]])),
             sizes=tuple(entry.get("sizes", [1])),
             ratios=tuple(entry.get("ratios", [])),
-            swaps_halves=entry.get("swaps_halves", False),
+            swapped_ratio=entry.get("swapped_ratio", 0),
             num_blocks=entry.get("num_blocks", 1),
         )
         modules.append(module)
@@ -330,9 +336,10 @@ def find_module(name: str, model: Model) -> TargetModule | None:
     if is_for_text:
         parts = {**model.text_encoders, **_TEXT_ENCODER_PREFIXES}
     else:
-        parts = dict.fromkeys(_IMAGE_PREFIXES, model.part)
+        parts = {f"{_SECOND_TRANSFORMER}.": _SECOND_TRANSFORMER}
+        parts |= dict.fromkeys(_IMAGE_PREFIXES, model.part)
     prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
-    if prefix is None or parts[prefix] not in {model.part, *model.text_encoders.values()}:
+    if prefix is None or parts[prefix] not in {*model.parts, *model.text_encoders.values()}:
         return None
     targets = model.text_encoder_targets if is_for_text else model.targets
     for candidate, block in _candidates(name.removeprefix(prefix), is_for_text):
@@ -408,12 +415,12 @@ class LayerNames(NamedTuple):
 def names_in_format(model: Model, key_format: KeyFormat) -> LayerNames:
     """Return how a key format names the layers of a model."""
     if key_format == "kohya":
-        prefixes = {model.part: "lora_unet_"}
+        prefixes = dict.fromkeys(model.parts, "lora_unet_")
         for prefix, part in model.text_encoders.items():
             if prefix.startswith("lora_te"):
                 prefixes.setdefault(part, prefix)
         return LayerNames(prefixes, model.kohya_names, "_")
-    parts = [model.part, *model.text_encoders.values()]
+    parts = [*model.parts, *model.text_encoders.values()]
     if key_format == "peft":
         return LayerNames(dict.fromkeys(parts, ""), "diffusers", ".")
     return LayerNames({part: f"{part}." for part in parts}, "diffusers", ".")
@@ -428,8 +435,12 @@ def names_in_file(targets: Mapping[str, TargetModule], model: Model) -> LayerNam
     """
     has_dots = any("." in name for name in targets)
     default = names_in_format(model, "diffusers" if has_dots else "kohya")
-    prefixes = {target.part: target.prefix for target in targets.values()}
-    image_targets = [target for target in targets.values() if target.part == model.part]
+    prefixes = dict(default.prefixes)
+    own_prefixes = {target.part: target.prefix for target in targets.values()}
+    if own_prefixes.get(model.part, f"{model.part}.") != f"{model.part}.":
+        prefixes.pop(_SECOND_TRANSFORMER, None)  # only diffusers' names tell them apart
+    prefixes |= own_prefixes
+    image_targets = [target for target in targets.values() if target.part in model.parts]
     names = next((target.names for target in image_targets if target.names), None)
     if names is None and image_targets:
         # All names are common to both, so the prefix decides.
@@ -440,7 +451,7 @@ def names_in_file(targets: Mapping[str, TargetModule], model: Model) -> LayerNam
             names = model.kohya_names
         else:
             names = "diffusers"
-    return LayerNames({**default.prefixes, **prefixes}, names or default.names, default.separator)
+    return LayerNames(prefixes, names or default.names, default.separator)
 
 
 def without_lora(name: str) -> str:
