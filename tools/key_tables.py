@@ -178,13 +178,12 @@ def stable_diffusion_3() -> list[Module]:
             num_blocks=num_blocks,
         ),
         *rename(ends),
-        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped_ratio=2),
+        FINAL_MODULATION,
     ]
 
 
-def flux() -> list[Module]:
-    """Return the modules of Flux."""
-    num_double_blocks, num_single_blocks = 19, 38
+def flux_blocks(num_double: int, num_single: int) -> list[Module]:
+    """Return the modules of the blocks of Flux, which HunyuanVideo has too."""
     double = {
         "img_attn.proj": "attn.to_out.0",
         "img_mlp.0": "ff.net.0.proj",
@@ -196,37 +195,44 @@ def flux() -> list[Module]:
         "txt_mod.lin": "norm1_context.linear",
     }
     attention = "transformer_blocks.{}.attn"
-    single = "single_transformer_blocks.{}."
+    modules = [
+        *rename(double, "double_blocks.{}.", "transformer_blocks.{}.", num_double),
+        fused_qkv("double_blocks.{}.img_attn.qkv", attention, QKV, num_double),
+        fused_qkv("double_blocks.{}.txt_attn.qkv", attention, ADDED_QKV, num_double),
+    ]
+    if num_single:
+        single = "single_transformer_blocks.{}."
+        splits = (*(f"{single}attn.{name}" for name in QKV), f"{single}proj_mlp")
+        names = {"linear2": "proj_out", "modulation.lin": "norm.linear"}
+        modules += [
+            Module("single_blocks.{}.linear1", splits, (1, 1, 1, 4), num_blocks=num_single),
+            *rename(names, "single_blocks.{}.", single, num_single),
+        ]
+    return modules
+
+
+FINAL_MODULATION = Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped_ratio=2)
+
+
+def embedder(authors: str, diffusers: str) -> dict[str, str]:
+    """Return the names of an embedder of two layers in models like Flux."""
+    return {
+        f"{authors}.in_layer": f"{diffusers}.linear_1",
+        f"{authors}.out_layer": f"{diffusers}.linear_2",
+    }
+
+
+def flux() -> list[Module]:
+    """Return the modules of Flux."""
     ends = {
         "img_in": "x_embedder",
         "txt_in": "context_embedder",
-        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        **embedder("time_in", "time_text_embed.timestep_embedder"),
+        **embedder("vector_in", "time_text_embed.text_embedder"),
+        **embedder("guidance_in", "time_text_embed.guidance_embedder"),
         "final_layer.linear": "proj_out",
     }
-    return [
-        *rename(double, "double_blocks.{}.", "transformer_blocks.{}.", num_double_blocks),
-        fused_qkv("double_blocks.{}.img_attn.qkv", attention, QKV, num_double_blocks),
-        fused_qkv("double_blocks.{}.txt_attn.qkv", attention, ADDED_QKV, num_double_blocks),
-        Module(
-            "single_blocks.{}.linear1",
-            (*(f"{single}attn.{name}" for name in QKV), f"{single}proj_mlp"),
-            (1, 1, 1, 4),
-            num_blocks=num_single_blocks,
-        ),
-        *rename(
-            {"linear2": "proj_out", "modulation.lin": "norm.linear"},
-            "single_blocks.{}.",
-            single,
-            num_single_blocks,
-        ),
-        *rename(ends),
-        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped_ratio=2),
-    ]
+    return [*flux_blocks(19, 38), *rename(ends), FINAL_MODULATION]
 
 
 def chroma_guidance() -> list[Module]:
@@ -253,10 +259,8 @@ def flux_2() -> list[Module]:
     ends = {
         "img_in": "x_embedder",
         "txt_in": "context_embedder",
-        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
-        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+        **embedder("time_in", "time_guidance_embed.timestep_embedder"),
+        **embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
         "single_stream_modulation.lin": "single_stream_modulation.linear",
         "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
         "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
@@ -268,7 +272,7 @@ def flux_2() -> list[Module]:
         fused_qkv("double_blocks.{}.txt_attn.qkv", attention, ADDED_QKV, num_double_blocks),
         *rename(single, "single_blocks.{}.", "single_transformer_blocks.{}.", num_single_blocks),
         *rename(ends),
-        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped_ratio=2),
+        FINAL_MODULATION,
     ]
 
 
@@ -285,17 +289,13 @@ FLUX_ALIASES = (
 
 
 def wan() -> list[Module]:
-    """Return the modules of Wan 2.1 and 2.2."""
+    """Return the modules of Wan 2.1 and 2.2, and of VACE."""
     block: dict[str, str] = {}
     for attention, name in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         for letter, projection in zip("qkvo", ATTENTION, strict=True):
             block[f"{attention}.{letter}"] = f"{name}.{projection}"
-    block |= {
-        "cross_attn.k_img": "attn2.add_k_proj",
-        "cross_attn.v_img": "attn2.add_v_proj",
-        "ffn.0": "ffn.net.0.proj",
-        "ffn.2": "ffn.net.2",
-    }
+    block |= {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+    image = {"cross_attn.k_img": "attn2.add_k_proj", "cross_attn.v_img": "attn2.add_v_proj"}
     ends = {
         "patch_embedding": "patch_embedding",
         "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -306,8 +306,300 @@ def wan() -> list[Module]:
         "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
         "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
         "head.head": "proj_out",
+        "vace_patch_embedding": "vace_patch_embedding",
+        "vace_blocks.0.before_proj": "vace_blocks.0.proj_in",
     }
-    return [*rename(block, "blocks.{}.", "blocks.{}.", num_blocks=40), *rename(ends)]
+    vace = {**block, "after_proj": "proj_out"}
+    return [
+        *rename({**block, **image}, "blocks.{}.", "blocks.{}.", num_blocks=40),
+        *rename(vace, "vace_blocks.{}.", "vace_blocks.{}.", num_blocks=15),
+        *rename(ends),
+    ]
+
+
+def hunyuan_video(num_double: int, num_single: int, ends: Mapping[str, str]) -> list[Module]:
+    """Return the modules of a version of HunyuanVideo, with ComfyUI's names."""
+    text, embed = "txt_in.", "context_embedder.time_text_embed."
+    authors = f"{text}individual_token_refiner.blocks.{{}}."
+    diffusers = "context_embedder.token_refiner.refiner_blocks.{}."
+    refiner = {
+        "adaLN_modulation.1": "norm_out.linear",
+        "self_attn.proj": "attn.to_out.0",
+        "mlp.0": "ff.net.0.proj",
+        "mlp.2": "ff.net.2",
+    }
+    common = {
+        "img_in.proj": "x_embedder.proj",
+        f"{text}input_embedder": "context_embedder.proj_in",
+        **embedder(f"{text}t_embedder", f"{embed}timestep_embedder"),
+        **embedder(f"{text}c_embedder", f"{embed}text_embedder"),
+        "final_layer.linear": "proj_out",
+    }
+    return [
+        *flux_blocks(num_double, num_single),
+        *rename(refiner, authors, diffusers, 2),
+        fused_qkv(f"{authors}self_attn.qkv", f"{diffusers}attn", QKV, 2),
+        *rename({**common, **ends}),
+        FINAL_MODULATION,
+    ]
+
+
+def hunyuan_video_1() -> list[Module]:
+    """Return the modules of HunyuanVideo."""
+    ends = {
+        **embedder("time_in", "time_text_embed.timestep_embedder"),
+        **embedder("vector_in", "time_text_embed.text_embedder"),
+        **embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    }
+    return hunyuan_video(20, 40, ends)
+
+
+def hunyuan_video_1_5() -> list[Module]:
+    """Return the modules of HunyuanVideo 1.5."""
+    ends = embedder("time_in", "time_embed.timestep_embedder")
+    ends |= {
+        "vision_in.proj.1": "image_embedder.linear_1",
+        "vision_in.proj.3": "image_embedder.linear_2",
+    }
+    ends |= {f"byt5_in.fc{number}": f"context_embedder_2.linear_{number}" for number in (1, 2, 3)}
+    return hunyuan_video(54, 0, ends)
+
+
+def hunyuan_video_aliases(modules: Iterable[Module]) -> tuple[Alias, ...]:
+    """Return the names in the checkpoints of HunyuanVideo that ComfyUI renames."""
+    renamed = {
+        r"_mod\.lin$": "_mod.linear",
+        r"\.modulation\.lin$": ".modulation.linear",
+        r"mlp\.0$": "mlp.fc1",
+        r"mlp\.2$": "mlp.fc2",
+        r"c_embedder\.in_layer$": "c_embedder.linear_1",
+        r"c_embedder\.out_layer$": "c_embedder.linear_2",
+        r"(time_in|guidance_in|t_embedder)\.in_layer$": r"\1.mlp.0",
+        r"(time_in|guidance_in|t_embedder)\.out_layer$": r"\1.mlp.2",
+    }
+    aliases: list[Alias] = []
+    for module in modules:
+        for pattern, replacement in renamed.items():
+            name = re.sub(pattern, replacement, module.authors)
+            if name != module.authors:
+                aliases.append(Alias(name, module.authors, (0,)))
+    return tuple(aliases)
+
+
+LTX_BLOCK = [f"attn{number}.{name}" for number in (1, 2) for name in ATTENTION]
+LTX_BLOCK += ["ff.net.0.proj", "ff.net.2"]
+
+
+def modulation(authors: str, diffusers: str) -> dict[str, str]:
+    """Return the names of a modulation by the time in LTX."""
+    names = ["emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear"]
+    return {f"{authors}.{name}": f"{diffusers}.{name}" for name in names}
+
+
+def ltx() -> list[Module]:
+    """Return the modules of LTX-Video."""
+    return [
+        *same(LTX_BLOCK, "transformer_blocks.{}.", num_blocks=48),
+        *same(["caption_projection.linear_1", "caption_projection.linear_2", "proj_out"]),
+        *rename({"patchify_proj": "proj_in", **modulation("adaln_single", "time_embed")}),
+    ]
+
+
+def ltx_2() -> list[Module]:
+    """Return the modules of LTX-2."""
+    audio = [f"audio_{name}" for name in LTX_BLOCK]
+    audio += [
+        f"{way}_attn.{name}" for way in ("audio_to_video", "video_to_audio") for name in ATTENTION
+    ]
+    ends = {
+        "patchify_proj": "proj_in",
+        "audio_patchify_proj": "audio_proj_in",
+        **modulation("adaln_single", "time_embed"),
+        **modulation("audio_adaln_single", "audio_time_embed"),
+        **modulation("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift"),
+        **modulation("av_ca_audio_scale_shift_adaln_single", "av_cross_attn_audio_scale_shift"),
+        **modulation("av_ca_a2v_gate_adaln_single", "av_cross_attn_video_a2v_gate"),
+        **modulation("av_ca_v2a_gate_adaln_single", "av_cross_attn_audio_v2a_gate"),
+    }
+    projections = [f"caption_projection.linear_{number}" for number in (1, 2)] + ["proj_out"]
+    return [
+        *same([*LTX_BLOCK, *audio], "transformer_blocks.{}.", num_blocks=48),
+        *same([*projections, *(f"audio_{name}" for name in projections)]),
+        *rename(ends),
+    ]
+
+
+def hidream() -> list[Module]:
+    """Return the modules of HiDream, whose authors' names are diffusers' names."""
+    linears = ("w1", "w2", "w3")
+    block = [f"attn1.{name}" for name in (*QKV, "to_out")] + ["adaLN_modulation.1"]
+    block += [f"ff_i.shared_experts.{name}" for name in linears]
+    block += [f"ff_i.experts.{expert}.{name}" for expert in range(4) for name in linears]
+    text = [f"attn1.{name}_t" for name in (*QKV, "to_out")] + [f"ff_t.{name}" for name in linears]
+    ends = [f"t_embedder.timestep_embedder.linear_{number}" for number in (1, 2)]
+    ends += [f"p_embedder.pooled_embedder.linear_{number}" for number in (1, 2)]
+    ends += ["x_embedder.proj", "final_layer.linear", "final_layer.adaLN_modulation.1"]
+    return [
+        *same([*block, *text], "double_stream_blocks.{}.block.", num_blocks=16),
+        *same(block, "single_stream_blocks.{}.block.", num_blocks=32),
+        *same(["linear"], "caption_projection.{}.", num_blocks=49),
+        *same(ends),
+    ]
+
+
+def cosmos_predict_2() -> list[Module]:
+    """Return the modules of Cosmos-Predict2 and 2.5, and of Anima."""
+    block = {"mlp.layer1": "ff.net.0.proj", "mlp.layer2": "ff.net.2"}
+    for attention, name in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+        authors = ("q_proj", "k_proj", "v_proj", "output_proj")
+        for projection, diffusers in zip(authors, ATTENTION, strict=True):
+            block[f"{attention}.{projection}"] = f"{name}.{diffusers}"
+    for position, name in enumerate(("self_attn", "cross_attn", "mlp"), start=1):
+        for number in (1, 2):
+            block[f"adaln_modulation_{name}.{number}"] = f"norm{position}.linear_{number}"
+    ends = {
+        "x_embedder.proj.1": "patch_embed.proj",
+        "t_embedder.1.linear_1": "time_embed.t_embedder.linear_1",
+        "t_embedder.1.linear_2": "time_embed.t_embedder.linear_2",
+        "crossattn_proj.0": "crossattn_proj.0",
+        "final_layer.adaln_modulation.1": "norm_out.linear_1",
+        "final_layer.adaln_modulation.2": "norm_out.linear_2",
+        "final_layer.linear": "proj_out",
+    }
+    return [*rename(block, "blocks.{}.", "transformer_blocks.{}.", num_blocks=36), *rename(ends)]
+
+
+def mochi() -> list[Module]:
+    """Return the modules of Mochi. Its last block has no output for the text."""
+    num_blocks = 48
+    authors, diffusers = "blocks.{}.", "transformer_blocks.{}."
+    block = {"mod_x": "norm1.linear", "attn.proj_x": "attn1.to_out.0", "mlp_x.w2": "ff.net.2"}
+    text = {
+        "mod_y": "norm1_context.linear",
+        "attn.proj_y": "attn1.to_add_out",
+        "mlp_y.w2": "ff_context.net.2",
+    }
+    ends = {
+        f"blocks.{num_blocks - 1}.mod_y": f"transformer_blocks.{num_blocks - 1}.norm1_context.linear_1",
+        "x_embedder.proj": "patch_embed.proj",
+        "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2",
+        **{
+            f"t5_y_embedder.{name}": f"time_embed.pooler.{name}"
+            for name in ("to_kv", "to_q", "to_out")
+        },
+        "t5_yproj": "time_embed.caption_proj",
+        "final_layer.linear": "proj_out",
+    }
+    text_qkv = tuple(f"{diffusers}attn1.{name}" for name in ADDED_QKV)
+    modules = [
+        *rename(block, authors, diffusers, num_blocks),
+        *rename(text, authors, diffusers, num_blocks - 1),
+        fused_qkv(f"{authors}attn.qkv_x", f"{diffusers}attn1", QKV, num_blocks),
+        # The text is half as wide as the attention.
+        Module(f"{authors}attn.qkv_y", text_qkv, (2, 2, 2), num_blocks=num_blocks),
+    ]
+    # The gate of an MLP is the second half in diffusers.
+    for name, diffusers_name, count in (
+        ("x", "ff", num_blocks),
+        ("y", "ff_context", num_blocks - 1),
+    ):
+        splits = (f"{diffusers}{diffusers_name}.net.0.proj",)
+        modules.append(
+            Module(f"{authors}mlp_{name}.w1", splits, swapped_ratio=16 / 3, num_blocks=count)
+        )
+    return [
+        *modules,
+        *rename(ends),
+        Module("final_layer.mod", ("norm_out.linear",), swapped_ratio=2),
+    ]
+
+
+def aura_flow() -> list[Module]:
+    """Return the modules of AuraFlow."""
+    names = dict(zip("qkvo", ATTENTION, strict=True))
+    text_names = dict(zip("qkvo", (*ADDED_QKV, "to_add_out"), strict=True))
+    mlp = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
+    double = {
+        **{f"attn.w2{letter}": f"attn.{name}" for letter, name in names.items()},
+        **{f"attn.w1{letter}": f"attn.{name}" for letter, name in text_names.items()},
+        **{f"mlpX.{authors}": f"ff.{name}" for authors, name in mlp.items()},
+        **{f"mlpC.{authors}": f"ff_context.{name}" for authors, name in mlp.items()},
+        "modX.1": "norm1.linear",
+        "modC.1": "norm1_context.linear",
+    }
+    single = {
+        **{f"attn.w1{letter}": f"attn.{name}" for letter, name in names.items()},
+        **{f"mlp.{authors}": f"ff.{name}" for authors, name in mlp.items()},
+        "modCX.1": "norm1.linear",
+    }
+    ends = {
+        "init_x_linear": "pos_embed.proj",
+        "cond_seq_linear": "context_embedder",
+        "t_embedder.mlp.0": "time_step_proj.linear_1",
+        "t_embedder.mlp.2": "time_step_proj.linear_2",
+        "final_linear": "proj_out",
+    }
+    return [
+        *rename(double, "double_layers.{}.", "joint_transformer_blocks.{}.", 4),
+        *rename(single, "single_layers.{}.", "single_transformer_blocks.{}.", 32),
+        *rename(ends),
+        Module("modF.1", ("norm_out.linear",), swapped_ratio=2),
+    ]
+
+
+def pixart() -> list[Module]:
+    """Return the modules of PixArt-alpha and PixArt-sigma."""
+    num_blocks = 28
+    authors, diffusers = "blocks.{}.", "transformer_blocks.{}."
+    block = {
+        "attn.proj": "attn1.to_out.0",
+        "cross_attn.q_linear": "attn2.to_q",
+        "cross_attn.proj": "attn2.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+    }
+    ends = {
+        "x_embedder.proj": "pos_embed.proj",
+        "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+        "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+        "t_block.1": "adaln_single.linear",
+        "final_layer.linear": "proj_out",
+    }
+    for name, embedding in (("t", "timestep"), ("csize", "resolution"), ("ar", "aspect_ratio")):
+        prefix = f"adaln_single.emb.{embedding}_embedder.linear_"
+        ends |= {f"{name}_embedder.mlp.0": f"{prefix}1", f"{name}_embedder.mlp.2": f"{prefix}2"}
+    return [
+        *rename(block, authors, diffusers, num_blocks),
+        fused_qkv(f"{authors}attn.qkv", f"{diffusers}attn1", QKV, num_blocks),
+        fused_qkv(f"{authors}cross_attn.kv_linear", f"{diffusers}attn2", QKV[1:], num_blocks),
+        *rename(ends),
+    ]
+
+
+def krea_2() -> list[Module]:
+    """Return the modules of Krea 2."""
+    block = {
+        f"attn.w{letter}": f"attn.{name}" for letter, name in zip("qkvo", ATTENTION, strict=True)
+    }
+    block |= {
+        "attn.gate": "attn.to_gate",
+        **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+    }
+    ends = {
+        "first": "img_in",
+        "tmlp.0": "time_embed.linear_1",
+        "tmlp.2": "time_embed.linear_2",
+        "tproj.1": "time_mod_proj",
+        "txtmlp.1": "txt_in.linear_1",
+        "txtmlp.3": "txt_in.linear_2",
+        "txtfusion.projector": "text_fusion.projector",
+        "last.linear": "final_layer.linear",
+    }
+    modules = rename(block, "blocks.{}.", "transformer_blocks.{}.", 28)
+    for stack in ("layerwise_blocks.{}.", "refiner_blocks.{}."):
+        modules += rename(block, f"txtfusion.{stack}", f"text_fusion.{stack}", 2)
+    return [*modules, *rename(ends)]
 
 
 def qwen_image() -> list[Module]:
@@ -451,6 +743,30 @@ MODELS = (
     model("Z-Image", "transformer", z_image(), {}, widths=(3840,)),
     model("Flux.2", "transformer", flux_2(), {}, widths=(4096, 6144)),
     model("Lumina Image 2", "transformer", lumina_2(), {}, widths=(2304,)),
+    model(
+        "HunyuanVideo",
+        "transformer",
+        hunyuan_video_1(),
+        {},
+        widths=(3072,),
+        aliases=hunyuan_video_aliases(hunyuan_video_1()),
+    ),
+    model(
+        "HunyuanVideo 1.5",
+        "transformer",
+        hunyuan_video_1_5(),
+        {},
+        widths=(2048,),
+        aliases=hunyuan_video_aliases(hunyuan_video_1_5()),
+    ),
+    model("LTX-Video", "transformer", ltx(), {}, widths=(2048, 4096)),
+    model("LTX-2", "transformer", ltx_2(), {}, widths=(2048, 4096)),
+    model("HiDream", "transformer", hidream(), {}, widths=(2560,)),
+    model("Cosmos-Predict2", "transformer", cosmos_predict_2(), {}, widths=(1024, 2048, 5120)),
+    model("Mochi", "transformer", mochi(), {}, widths=(1536, 3072)),
+    model("AuraFlow", "transformer", aura_flow(), {}, widths=(3072,)),
+    model("PixArt", "transformer", pixart(), {}, widths=(1152,)),
+    model("Krea 2", "transformer", krea_2(), {}, widths=(2560, 6144)),
 )
 """The models whose names are known. If a file fits several UNets, the first is taken."""
 
@@ -533,11 +849,54 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "Wan": [
         ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120}),
         ("WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960}),
+        ("WanVACETransformer3DModel", {"num_layers": 15, "vace_layers": tuple(range(15))}),
+        (
+            "WanVACETransformer3DModel",
+            {"num_layers": 15, "vace_layers": [0], "num_attention_heads": 12, "ffn_dim": 8960},
+        ),
     ],
     "Qwen-Image": [("QwenImageTransformer2DModel", {})],
     "Z-Image": [("ZImageTransformer2DModel", {})],
     "Flux.2": [("Flux2Transformer2DModel", {})],
     "Lumina Image 2": [("Lumina2Transformer2DModel", {})],
+    "HunyuanVideo": [("HunyuanVideoTransformer3DModel", {})],
+    "HunyuanVideo 1.5": [("HunyuanVideo15Transformer3DModel", {})],
+    "LTX-Video": [
+        ("LTXVideoTransformer3DModel", {}),
+        (
+            "LTXVideoTransformer3DModel",
+            {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
+        ),
+    ],
+    "LTX-2": [("LTX2VideoTransformer3DModel", {})],
+    "HiDream": [
+        (
+            "HiDreamImageTransformer2DModel",
+            {
+                "patch_size": 2,
+                "num_layers": 16,
+                "num_single_layers": 32,
+                "num_attention_heads": 20,
+                "caption_channels": [4096, 4096],
+                "num_routed_experts": 4,
+                "axes_dims_rope": (64, 32, 32),
+                "max_resolution": (128, 128),
+                "llama_layers": range(48),
+            },
+        )
+    ],
+    # The second one is 2.5.
+    "Cosmos-Predict2": [
+        ("CosmosTransformer3DModel", {"num_attention_heads": 40, "num_layers": 36}),
+        (
+            "CosmosTransformer3DModel",
+            {"num_attention_heads": 16, "use_crossattn_projection": True},
+        ),
+    ],
+    "Mochi": [("MochiTransformer3DModel", {})],
+    "AuraFlow": [("AuraFlowTransformer2DModel", {})],
+    "PixArt": [("PixArtTransformer2DModel", {"sample_size": 128, "caption_channels": 4096})],
+    "Krea 2": [("Krea2Transformer2DModel", {})],
 }
 """The classes of each model in diffusers, and the arguments of versions of different shapes."""
 
@@ -591,16 +950,23 @@ def ratios(model: Model, module: Module) -> list[float]:
         return []
     (name,) = module.diffusers
     by_version: list[set[float]] = []
+    other_inputs: list[int] = []
     for shapes in versions(model):
         names = [name.replace("{}", str(block)) for block in range(module.num_blocks)]
         found = [shapes[name] for name in names if name in shapes]
+        if not found:
+            continue
         # The width of an embedding of the time or of a prompt does not follow the model's width.
         width = Counter(shape[1] for shape in shapes.values()).most_common(1)[0][0]
-        if found and all(shape[1] % width == 0 for shape in found):
-            by_version.append({round(shape[0] / shape[1], 6) for shape in found})
-    if any(values != by_version[0] for values in by_version):
+        other_inputs += {shape[1] for shape in found if shape[1] % width}
+        by_version.append({round(shape[0] / shape[1], 6) for shape in found})
+    # Versions of different widths may read the same embedding.
+    has_one_embedding = len(other_inputs) > 1 and len(set(other_inputs)) == 1
+    if other_inputs and not has_one_embedding:
         return []
-    return sorted(by_version[0]) if by_version else []
+    if not has_one_embedding and any(values != by_version[0] for values in by_version):
+        return []
+    return sorted(set().union(*by_version))
 
 
 def check_text_encoders() -> Check:

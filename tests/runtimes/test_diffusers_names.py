@@ -17,7 +17,7 @@ from torch import nn
 from matryoshka_lora import combine, export
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-from helpers.diffusers_models import small_flux  # noqa: E402
+from helpers.diffusers_models import SMALL_MODELS, small_flux, small_model  # noqa: E402
 
 # transformers 5.24 requires for its text encoders a version of PEFT that is not released yet.
 transformers.integrations.peft.MIN_PEFT_VERSION = "0.18.0"
@@ -156,6 +156,18 @@ MODELS = {
     "flux.2": Model("Flux2LoraLoaderMixin", create_flux_2, read_prefix="lora_unet_double_blocks_"),
     "lumina-2": Model("Lumina2LoraLoaderMixin", create_lumina_2),
 }
+MIXINS = {
+    "Wan": "WanLoraLoaderMixin",
+    "HunyuanVideo": "HunyuanVideoLoraLoaderMixin",
+    "LTX-Video": "LTXVideoLoraLoaderMixin",
+    "LTX-2": "LTX2LoraLoaderMixin",
+    "HiDream": "HiDreamImageLoraLoaderMixin",
+    "Cosmos-Predict2": "CosmosLoraLoaderMixin",
+    "Mochi": "Mochi1LoraLoaderMixin",
+    "AuraFlow": "AuraFlowLoraLoaderMixin",
+    "Krea 2": "Krea2LoraLoaderMixin",
+}
+MODELS |= {name: Model(MIXINS[name], partial(small_model, name)) for name in SMALL_MODELS}
 
 
 def load_updates(model: Model, file: Path) -> dict[str, np.ndarray]:
@@ -180,7 +192,7 @@ def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
     return {
         f"{model.part}.{name}": tuple(module.weight.shape)
         for name, module in model.create().named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
     }
 
 
