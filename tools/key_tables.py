@@ -471,7 +471,7 @@ def cosmos_predict_2() -> list[Module]:
 
 def mochi() -> list[Module]:
     """Return the modules of Mochi. Its last block has no output for the text."""
-    num_blocks = 48
+    num_blocks, last = 48, 47
     authors, diffusers = "blocks.{}.", "transformer_blocks.{}."
     block = {"mod_x": "norm1.linear", "attn.proj_x": "attn1.to_out.0", "mlp_x.w2": "ff.net.2"}
     text = {
@@ -480,7 +480,7 @@ def mochi() -> list[Module]:
         "mlp_y.w2": "ff_context.net.2",
     }
     ends = {
-        f"blocks.{num_blocks - 1}.mod_y": f"transformer_blocks.{num_blocks - 1}.norm1_context.linear_1",
+        f"blocks.{last}.mod_y": f"transformer_blocks.{last}.norm1_context.linear_1",
         "x_embedder.proj": "patch_embed.proj",
         "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
         "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2",
@@ -494,7 +494,7 @@ def mochi() -> list[Module]:
     text_qkv = tuple(f"{diffusers}attn1.{name}" for name in ADDED_QKV)
     modules = [
         *rename(block, authors, diffusers, num_blocks),
-        *rename(text, authors, diffusers, num_blocks - 1),
+        *rename(text, authors, diffusers, last),
         fused_qkv(f"{authors}attn.qkv_x", f"{diffusers}attn1", QKV, num_blocks),
         # The text is half as wide as the attention.
         Module(f"{authors}attn.qkv_y", text_qkv, (2, 2, 2), num_blocks=num_blocks),
@@ -502,7 +502,7 @@ def mochi() -> list[Module]:
     # The gate of an MLP is the second half in diffusers.
     for name, diffusers_name, count in (
         ("x", "ff", num_blocks),
-        ("y", "ff_context", num_blocks - 1),
+        ("y", "ff_context", last),
     ):
         splits = (f"{diffusers}{diffusers_name}.net.0.proj",)
         modules.append(

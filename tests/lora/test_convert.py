@@ -197,7 +197,7 @@ ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
             "diffusers",
             "lora_te1_other",
         ),
-        ({"lora_unet_double_blocks_19_img_mlp_0": (6, 6)}, "kohya", "dots"),
+        ({"lora_unet_double_blocks_60_img_mlp_0": (6, 6)}, "kohya", "dots"),
         (
             {"lora_unet_blocks_0_ffn_0": (6, 6), "lora_unet_blocks_0_self_attn_x": (6, 6)},
             "kohya",

@@ -7,6 +7,7 @@ products of a LoRA's updates.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,67 @@ import pytest
 import torch
 from helpers.authors_layouts import LAYOUTS, Layout, layout
 from helpers.loras import random_lora
-from torch import Tensor
+from torch import Tensor, nn
 
 from matryoshka_lora.lora.convert import convert, match_key_formats
+from matryoshka_lora.lora.keys import load_models
 from matryoshka_lora.lora.lora import Lora
 
-pytest.importorskip("diffusers", reason="diffusers is not installed")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from diffusers.loaders import single_file_utils
+from diffusers.loaders import lora_conversion_utils, single_file_utils  # noqa: E402
+from helpers.diffusers_models import SMALL_MODELS  # noqa: E402
 
 UNET_CONFIG = {"layers_per_block": 2, "addition_embed_type": None}
 # diffusers splits Flux at fixed rows.
 HIDDEN_SIZES = {"flux": 3072}
-PARTS = dict.fromkeys(LAYOUTS, "transformer") | {"sd15": "unet", "sdxl": "unet"}
+MODELS = [*LAYOUTS, *SMALL_MODELS]
+PARTS = dict.fromkeys(MODELS, "transformer") | {"sd15": "unet", "sdxl": "unet"}
+# diffusers splits the single blocks of HunyuanVideo at the rows of the full model. The width tells
+# LTX from PixArt.
+WIDE_ARGUMENTS: dict[str, dict[str, int]] = {
+    "LTX-Video": {"num_attention_heads": 32, "attention_head_dim": 64, "cross_attention_dim": 2048},
+    "HunyuanVideo": {
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "num_layers": 1,
+        "num_single_layers": 1,
+    },
+}
 NUM_COLUMNS = 5
 
 
+@cache
 def model_layout(model: str) -> Layout:
+    """Return the layout of a checkpoint of the authors."""
+    if model in SMALL_MODELS:
+        return layout_of_table(model)
     return layout(model, HIDDEN_SIZES.get(model, 8))
+
+
+def layout_of_table(model: str) -> Layout:
+    """Return the names of a table with the shapes of a small model.
+
+    A converter leaves wrong names as they are, or rejects them.
+    """
+    class_name, arguments = SMALL_MODELS[model]
+    arguments = arguments | WIDE_ARGUMENTS.get(model, {})
+    with torch.device("meta"):
+        instance = getattr(diffusers, class_name)(**arguments)
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in instance.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
+    }
+    (table,) = (table for table in load_models() if table.name == model)
+    result: Layout = {}
+    for module in table.modules:
+        for block in range(module.num_blocks):
+            names = [name.replace("{}", str(block)) for name in module.diffusers]
+            if names[0] in shapes:
+                rows = sum(shapes[name][0] for name in names)
+                result[module.authors.replace("{}", str(block))] = (rows, *shapes[names[0]][1:])
+    return result
 
 
 def convert_checkpoint(model: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,6 +126,60 @@ def convert_flux(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def convert_hunyuan_video(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert from ComfyUI's names, which it makes of the authors' names in this way."""
+    renamed = {
+        "txt_in.t_embedder.in_layer.": "txt_in.t_embedder.mlp.0.",
+        "txt_in.t_embedder.out_layer.": "txt_in.t_embedder.mlp.2.",
+        "txt_in.c_embedder.in_layer.": "txt_in.c_embedder.linear_1.",
+        "txt_in.c_embedder.out_layer.": "txt_in.c_embedder.linear_2.",
+        "time_in.in_layer.": "time_in.mlp.0.",
+        "time_in.out_layer.": "time_in.mlp.2.",
+        "guidance_in.in_layer.": "guidance_in.mlp.0.",
+        "guidance_in.out_layer.": "guidance_in.mlp.2.",
+        "_mod.lin.": "_mod.linear.",
+        "attn.qkv.": "attn_qkv.",
+        "attn.proj.": "attn_proj.",
+        "mlp.0.": "mlp.fc1.",
+        "mlp.2.": "mlp.fc2.",
+        ".modulation.lin.": ".modulation.linear.",
+    }
+    authors: dict[str, Tensor] = {}
+    for key, tensor in checkpoint.items():
+        for comfyui_name, name in renamed.items():
+            if comfyui_name in key:
+                key = key.replace(comfyui_name, name)
+                break
+        authors[key] = tensor
+    converter = single_file_utils.convert_hunyuan_video_transformer_to_diffusers
+    converted: dict[str, Tensor] = converter(authors)
+    return converted
+
+
+def convert_mochi(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    checkpoint["pos_frequencies"] = torch.zeros(1)
+    for block in range(48):
+        for name in ("q_norm_x", "k_norm_x", "q_norm_y", "k_norm_y"):
+            checkpoint[f"blocks.{block}.attn.{name}.weight"] = torch.zeros(1)
+    converter = single_file_utils.convert_mochi_transformer_checkpoint_to_diffusers
+    converted: dict[str, Tensor] = converter(checkpoint)
+    return converted
+
+
+def convert_aura_flow(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    checkpoint["positional_encoding"] = torch.zeros(1)
+    converter = single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers
+    converted: dict[str, Tensor] = converter(checkpoint)
+    return {key: tensor for key, tensor in converted.items() if tensor is not None}
+
+
+def convert_ltx_2(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert with the names of diffusers' converter of LoRAs."""
+    lora = {f"diffusion_model.{key}": tensor for key, tensor in checkpoint.items()}
+    converter = lora_conversion_utils._convert_non_diffusers_ltx2_lora_to_diffusers
+    return {key.removeprefix("transformer."): tensor for key, tensor in converter(lora).items()}
+
+
 CONVERTERS: dict[str, Any] = {
     "sd15": convert_unet,
     "sdxl": convert_unet,
@@ -90,6 +188,15 @@ CONVERTERS: dict[str, Any] = {
     "wan": single_file_utils.convert_wan_transformer_to_diffusers,
     "qwen": dict,  # its authors have diffusers' names
     "z-image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    "Wan": single_file_utils.convert_wan_transformer_to_diffusers,
+    "HunyuanVideo": convert_hunyuan_video,
+    "LTX-Video": single_file_utils.convert_ltx_transformer_checkpoint_to_diffusers,
+    "LTX-2": convert_ltx_2,
+    "HiDream": single_file_utils.convert_hidream_transformer_to_diffusers,
+    "Cosmos-Predict2": single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers,
+    "Mochi": convert_mochi,
+    "AuraFlow": convert_aura_flow,
+    "Krea 2": single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers,
 }
 
 
@@ -167,7 +274,7 @@ def kohya_lora(shapes: Layout) -> Lora:
     return random_lora(kohya_names(shapes), "kohya", has_alpha=True)
 
 
-@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("is_subset", [False, True])
 def test_kohya_becomes_diffusers(model: str, is_subset: bool) -> None:
     shapes = model_layout(model)
@@ -176,7 +283,7 @@ def test_kohya_becomes_diffusers(model: str, is_subset: bool) -> None:
     assert_same(products_of(converted), expected_in_diffusers(model, source))
 
 
-@pytest.mark.parametrize("model", sorted(LAYOUTS.keys() - {"sd15"}))
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "sd15"])
 @pytest.mark.parametrize("is_subset", [False, True])
 def test_diffusers_becomes_kohya(model: str, is_subset: bool) -> None:
     shapes = diffusers_shapes(model)
@@ -197,7 +304,7 @@ def test_stable_diffusion_1_has_diffusers_names_in_both_formats() -> None:
     assert_same(products, expected)
 
 
-@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_conversion_and_its_inverse_change_nothing(model: str) -> None:
     """Fused layers whose splits share A, and those with separate components, keep their ranks."""
     first = random_lora(diffusers_shapes(model))
@@ -214,7 +321,7 @@ def test_a_conversion_and_its_inverse_change_nothing(model: str) -> None:
         assert again.ranks == fused.ranks
 
 
-@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("is_kohya_first", [False, True])
 def test_files_in_two_formats_get_the_same_names(model: str, is_kohya_first: bool) -> None:
     kohya = kohya_lora(every_second(model_layout(model)))

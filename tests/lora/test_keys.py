@@ -12,7 +12,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 MODELS = {model.name: model for model in load_models()}
 SD3, FLUX, QWEN = MODELS["Stable Diffusion 3"], MODELS["Flux"], MODELS["Qwen-Image"]
-FLUX_2 = MODELS["Flux.2"]
+FLUX_2, HUNYUAN, KREA = MODELS["Flux.2"], MODELS["HunyuanVideo"], MODELS["Krea 2"]
+HUNYUAN_15 = MODELS["HunyuanVideo 1.5"]
 
 
 # --- The tables ---
@@ -78,12 +79,23 @@ def test_a_file_of_all_modules_fits_one_model(layout_name: str, model: str, pref
 @pytest.mark.parametrize(
     ("names", "models"),
     [
-        (["transformer.transformer_blocks.0.attn.to_q"], [SD3, FLUX, QWEN, FLUX_2]),
+        (
+            ["transformer.transformer_blocks.0.attn.to_q"],
+            [SD3, FLUX, QWEN, FLUX_2, HUNYUAN, HUNYUAN_15, KREA],
+        ),
         # Flux has 19 of these blocks.
-        (["transformer.transformer_blocks.19.attn.to_q"], [SD3, QWEN]),
+        (
+            ["transformer.transformer_blocks.19.attn.to_q"],
+            [SD3, QWEN, HUNYUAN, HUNYUAN_15, KREA],
+        ),
+        (["transformer.transformer_blocks.0.attn.to_gate"], [KREA]),
         (["transformer.transformer_blocks.0.attn.to_q", "lora_te3_text_projection"], [SD3, FLUX]),
-        # Only SD3 has three text encoders, but the image's layers decide.
-        (["lora_unet_double_blocks_0_img_mod_lin", "text_encoder_3.text_projection"], [FLUX]),
+        (["lora_unet_double_blocks_0_img_mod_lin", "text_encoder_2.text_projection"], [FLUX]),
+        # The image's layers decide if no model has the text encoders.
+        (
+            ["lora_unet_single_blocks_0_modulation_lin", "text_encoder_3.text_projection"],
+            [FLUX, HUNYUAN],
+        ),
         (["text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"], [SD3]),
         (["unet.x"], []),
         (["lora_te1_other"], []),
