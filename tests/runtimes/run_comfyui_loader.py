@@ -27,6 +27,7 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.lora_convert  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
+from helpers import comfyui_configs as configs  # noqa: E402
 from helpers.comfyui_configs import FLUX, FLUX_2, QWEN, WAN  # noqa: E402
 
 UNET = {
@@ -89,6 +90,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux.2": ("Flux2", FLUX_2),
     "wan": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
     "qwen": ("QwenImage", QWEN),
+    "wan-vace": (
+        "WAN21_Vace",
+        {**WAN, "model_type": "vace", "in_dim": 16, "vace_in_dim": 96, "vace_layers": 2},
+    ),
+    "chroma": ("Chroma", configs.CHROMA),
+    "hunyuan-video": ("HunyuanVideo", configs.HUNYUAN_VIDEO),
+    "hunyuan-video-1.5": ("HunyuanVideo15", configs.HUNYUAN_VIDEO_15),
+    "ltx": ("LTXV", configs.LTX),
+    "hidream": ("HiDream", configs.HIDREAM),
+    "cosmos-predict-2": ("CosmosT2IPredict2", configs.COSMOS_PREDICT_2),
+    "mochi": ("GenmoMochi", configs.MOCHI),
+    "aura-flow": ("AuraFlow", configs.AURA_FLOW),
+    "pixart": ("PixArtAlpha", configs.PIXART),
     # The layers of Z-Image are those of Lumina 2 with as many keys as queries.
     "z-image": (
         "Lumina2",

@@ -60,6 +60,8 @@ _KOHYA_PREFIXES = {
 _PARTS = {
     **dict.fromkeys(("down_blocks", "mid_block", "up_blocks"), "unet"),
     **dict.fromkeys(("transformer_blocks", "single_transformer_blocks"), "transformer"),
+    **dict.fromkeys(("joint_transformer_blocks", "double_stream_blocks"), "transformer"),
+    "single_stream_blocks": "transformer",
 }
 # Optional parts of the names of models that are not known: kohya's prefixes, and a level of CLIP.
 _OPTIONAL_NAME_PARTS = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
@@ -331,9 +333,16 @@ def _choose_model(
     Raises:
         MatryoshkaError: The new names depend on the model, and it is not clear which one it is.
     """
-    widths = {layer.in_shape[0] for layer in layers if not is_text_encoder(layer.name)}
-    models = [model for model in candidates if model.widths & widths] or list(candidates)
-    if all(model.part == "unet" for model in models) or not widths:
+    image_layers = [layer for layer in layers if not is_text_encoder(layer.name)]
+    with_widths: list[Model] = []
+    for model in candidates:
+        targets = find_modules([layer.name for layer in image_layers], model)
+        # Embedders of prompts have the width of a text encoder.
+        widths = {layer.in_shape[0] for layer in image_layers if targets[layer.name].block}
+        if widths & model.widths:
+            with_widths.append(model)
+    models = with_widths or list(candidates)
+    if all(model.part == "unet" for model in models) or not image_layers:
         return models[0]
     new_names = []
     for model in models:

@@ -179,7 +179,7 @@ class Model:
         name: Its name, for messages.
         part: The part of a diffusers pipeline that it is, ``"unet"`` or ``"transformer"``.
         text_encoders: The part of a text encoder by kohya's and ComfyUI's prefixes.
-        widths: Numbers of inputs that only this model has among the models with the same names.
+        widths: Numbers of inputs in its blocks, which tell it from models with the same names.
         modules: Its modules.
         text_encoder_modules: The modules of the text encoders.
         aliases: Further names of its modules.
