@@ -655,6 +655,40 @@ def lumina_2() -> list[Module]:
     return [*modules, *rename(ends)]
 
 
+# The attention layers of the next three models have the names, and often the width, of models above.
+# Without their tables, LoRAs of them would be taken for LoRAs of those.
+
+
+def cog_video_x() -> list[Module]:
+    """Return the modules of CogVideoX, with diffusers' names."""
+    block = [f"attn1.{name}" for name in ATTENTION] + ["ff.net.0.proj", "ff.net.2"]
+    ends = ["patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out"]
+    ends += ["time_embedding.linear_1", "time_embedding.linear_2"]
+    return [
+        *same([*block, "norm1.linear", "norm2.linear"], "transformer_blocks.{}.", 42),
+        *same(ends),
+    ]
+
+
+def cog_view_4() -> list[Module]:
+    """Return the modules of CogView4, with diffusers' names."""
+    block = [f"attn1.{name}" for name in ATTENTION] + ["ff.net.0.proj", "ff.net.2", "norm1.linear"]
+    ends = ["patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out"]
+    for embedder_name in ("timestep", "condition"):
+        prefix = f"time_condition_embed.{embedder_name}_embedder.linear_"
+        ends += [f"{prefix}1", f"{prefix}2"]
+    return [*same(block, "transformer_blocks.{}.", 28), *same(ends)]
+
+
+def sana() -> list[Module]:
+    """Return the modules of Sana, with diffusers' names."""
+    block = [f"attn{number}.{name}" for number in (1, 2) for name in ATTENTION]
+    block += [f"ff.conv_{name}" for name in ("inverted", "depth", "point")]
+    ends = ["patch_embed.proj", "caption_projection.linear_1", "caption_projection.linear_2"]
+    ends += [*modulation("time_embed", "time_embed"), "proj_out"]
+    return [*same(block, "transformer_blocks.{}.", 28), *same(ends)]
+
+
 def text_encoders(*names: str, **kohya_prefixes: str) -> dict[str, str]:
     """Return the parts of text encoders by kohya's and ComfyUI's prefixes.
 
@@ -763,10 +797,13 @@ MODELS = (
     model("LTX-2", "transformer", ltx_2(), {}, widths=(2048, 4096)),
     model("HiDream", "transformer", hidream(), {}, widths=(2560,)),
     model("Cosmos-Predict2", "transformer", cosmos_predict_2(), {}, widths=(1024, 2048, 5120)),
-    model("Mochi", "transformer", mochi(), {}, widths=(1536, 3072)),
+    model("Mochi", "transformer", mochi(), {}, widths=(3072,)),
     model("AuraFlow", "transformer", aura_flow(), {}, widths=(3072,)),
     model("PixArt", "transformer", pixart(), {}, widths=(1152,)),
     model("Krea 2", "transformer", krea_2(), {}, widths=(2560, 6144)),
+    model("CogVideoX", "transformer", cog_video_x(), {}, widths=(1920, 3072), kohya_names=None),
+    model("CogView4", "transformer", cog_view_4(), {}, widths=(4096,), kohya_names=None),
+    model("Sana", "transformer", sana(), {}, widths=(1152, 2240), kohya_names=None),
 )
 """The models whose names are known. If a file fits several UNets, the first is taken."""
 
@@ -897,6 +934,15 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "AuraFlow": [("AuraFlowTransformer2DModel", {})],
     "PixArt": [("PixArtTransformer2DModel", {"sample_size": 128, "caption_channels": 4096})],
     "Krea 2": [("Krea2Transformer2DModel", {})],
+    "CogVideoX": [
+        ("CogVideoXTransformer3DModel", {}),
+        ("CogVideoXTransformer3DModel", {"num_attention_heads": 48, "num_layers": 42}),
+    ],
+    "CogView4": [("CogView4Transformer2DModel", {"num_attention_heads": 64, "num_layers": 28})],
+    "Sana": [
+        ("SanaTransformer2DModel", {}),
+        ("SanaTransformer2DModel", {"num_attention_heads": 36, "num_layers": 28}),
+    ],
 }
 """The classes of each model in diffusers, and the arguments of versions of different shapes."""
 

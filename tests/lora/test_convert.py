@@ -164,7 +164,8 @@ def test_keys_that_cannot_be_renamed_are_refused() -> None:
 
 # --- Models with known names ---
 
-ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
+BLOCK = "transformer.transformer_blocks.0"
+ATTENTION = f"{BLOCK}.attn.to_q"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,9 @@ ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
         ({ATTENTION: (6, 6)}, "kohya", "several models"),
         # Flux and Qwen-Image have this width.
         ({ATTENTION: (3072, 3072)}, "kohya", "several models"),
+        ({f"{BLOCK}.attn1.to_q": (3072, 3072)}, "kohya", "Mochi and CogVideoX"),
+        ({f"{BLOCK}.attn1.to_q": (2048, 2048)}, "kohya", "LTX-2 and Cosmos-Predict2"),
+        ({f"{BLOCK}.attn1.to_q": (1920, 1920)}, "kohya", "cannot name"),
         ({QKV: (12, 6)}, "diffusers", "rows"),
         ({QKV: (18, 6, 1, 1)}, "diffusers", "several models"),
         # Rows of Flux.2, whose MLP has a gate, with a name that only Flux has.
@@ -224,6 +228,43 @@ def test_the_width_of_the_inputs_tells_models_with_common_names_apart() -> None:
     (layer,) = convert(random_lora({ATTENTION: (1536, 1536)}), "kohya").layers
     assert layer.name == "lora_unet_joint_blocks_0_x_block_attn_qkv"
     assert layer.shape_B == (3 * 1536, 2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "name"),
+    [
+        # The inputs from the prompt are half as wide in Cosmos-Predict2.
+        ({f"{BLOCK}.attn2.to_k": (2048, 2048)}, "transformer_blocks_0_attn2_to_k"),
+        ({f"{BLOCK}.attn2.to_k": (2048, 1024)}, "blocks_0_cross_attn_k_proj"),
+        # CogVideoX has 42 blocks.
+        ({"transformer.transformer_blocks.47.attn1.to_q": (3072, 3072)}, "blocks_47_attn_qkv_x"),
+        # The last block of Mochi has another layer for the text.
+        (
+            {"transformer.transformer_blocks.47.norm1_context.linear_1": (1536, 3072)},
+            "blocks_47_mod_y",
+        ),
+        # Wan 2.2 has two transformers, and ComfyUI a file for each.
+        ({"transformer_2.blocks.3.attn1.to_q": (6, 6)}, "blocks_3_self_attn_q"),
+        ({"transformer.vace_blocks.0.proj_in": (6, 6)}, "vace_blocks_0_before_proj"),
+    ],
+)
+def test_the_names_in_files_of_newer_models(shapes: dict[str, tuple[int, int]], name: str) -> None:
+    assert names_of(convert(random_lora(shapes), "kohya")) == [f"lora_unet_{name}"]
+
+
+def test_names_of_hunyuan_video_that_comfyui_does_not_read() -> None:
+    """musubi and diffusion-pipe write the names of the checkpoint."""
+    shapes = {
+        "lora_unet_double_blocks_19_img_mlp_fc1": (24, 6),
+        "lora_unet_single_blocks_39_modulation_linear": (18, 6),
+        "lora_unet_txt_in_individual_token_refiner_blocks_0_self_attn_qkv": (18, 6),
+    }
+    names = [
+        "lora_unet_double_blocks_19_img_mlp_0",
+        "lora_unet_single_blocks_39_modulation_lin",
+        "lora_unet_txt_in_individual_token_refiner_blocks_0_self_attn_qkv",
+    ]
+    assert names_of(convert(random_lora(shapes, keys="kohya"), "kohya")) == names
 
 
 @pytest.mark.parametrize(
@@ -461,6 +502,8 @@ def test_changes_that_cannot_be_renamed_are_refused(
         (["unet.a.q"], ["lora_unet_a_q"], "key_format"),
         (["a.q"], ["b.q"], "key_format"),
         (["diffusion_model.blocks.0.x"], ["transformer.blocks.0.x"], "key_format"),
+        # Kohya's names do not say which transformer they are for.
+        (["lora_unet_blocks_0_ffn_0"], ["transformer_2.blocks.0.ffn.net.0.proj"], "transformer_2"),
     ],
 )
 def test_files_that_do_not_match_are_refused(

@@ -344,11 +344,13 @@ def _choose_model(
     models = with_widths or list(candidates)
     if all(model.part == "unet" for model in models) or not image_layers:
         return models[0]
-    new_names = []
+    new_names: list[list[dict[tuple[int, ...], str]]] = []
     for model in models:
         targets = find_modules([layer.name for layer in layers], model)
-        new_names.append([candidates[model].of(target) for target in targets.values()])
-    if all(names == new_names[0] for names in new_names):
+        names = candidates[model]
+        has_names = model.part in names.prefixes
+        new_names.append([names.of(target) for target in targets.values()] if has_names else [])
+    if len(models) == 1 or (new_names[0] and all(names == new_names[0] for names in new_names)):
         return models[0]
     raise MatryoshkaError(
         f"The layers of {lora_name} exist in several models, "

@@ -183,7 +183,7 @@ class Model:
         modules: Its modules.
         text_encoder_modules: The modules of the text encoders.
         aliases: Further names of its modules.
-        kohya_names: The naming convention of kohya's scripts.
+        kohya_names: The naming convention of kohya's scripts, or None if there is no such format.
     """
 
     name: str
@@ -193,7 +193,7 @@ class Model:
     modules: tuple[Module, ...]
     text_encoder_modules: tuple[Module, ...]
     aliases: tuple[Alias, ...] = ()
-    kohya_names: ModuleNames = "authors"
+    kohya_names: ModuleNames | None = "authors"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -414,12 +414,14 @@ class LayerNames(NamedTuple):
 
 def names_in_format(model: Model, key_format: KeyFormat) -> LayerNames:
     """Return how a key format names the layers of a model."""
+    if key_format == "kohya" and model.kohya_names is None:
+        return LayerNames({}, "diffusers", "_")
     if key_format == "kohya":
         prefixes = dict.fromkeys(model.parts, "lora_unet_")
         for prefix, part in model.text_encoders.items():
             if prefix.startswith("lora_te"):
                 prefixes.setdefault(part, prefix)
-        return LayerNames(prefixes, model.kohya_names, "_")
+        return LayerNames(prefixes, model.kohya_names or "diffusers", "_")
     parts = [*model.parts, *model.text_encoders.values()]
     if key_format == "peft":
         return LayerNames(dict.fromkeys(parts, ""), "diffusers", ".")
@@ -448,7 +450,7 @@ def names_in_file(targets: Mapping[str, TargetModule], model: Model) -> LayerNam
         if prefix in _AUTHORS_PREFIXES:
             names = "authors"
         elif prefix.startswith("lora_unet_"):
-            names = model.kohya_names
+            names = model.kohya_names or "diffusers"
         else:
             names = "diffusers"
     return LayerNames(prefixes, names or default.names, default.separator)
