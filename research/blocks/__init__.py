@@ -9,6 +9,7 @@ from __future__ import annotations
 from research.blocks import (
     command_line,
     concepts,
+    families,
     file_verbs,
     performance,
     readme,
@@ -23,6 +24,7 @@ __all__ = [
     "BLOCKS",
     "command_line",
     "concepts",
+    "families",
     "file_verbs",
     "performance",
     "readme",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matryoshka_lora import combine, export
+from research.blocks.shared import read
 
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
 COMFYUI_PYTHON = os.environ.get("COMFYUI_PYTHON")
@@ -30,13 +31,11 @@ pytestmark = [
     ),
 ]
 
-MODELS = (
-    *("sd15", "sdxl", "sd3", "flux", "flux.2", "wan", "qwen", "z-image", "lumina-2", "wan-vace"),
-    *("chroma", "hunyuan-video", "hunyuan-video-1.5", "ltx", "hidream", "cosmos-predict-2"),
-    *("mochi", "aura-flow", "pixart"),
-)
-# ComfyUI 0.3.64 reads diffusers' names of these models.
-READ_WITH_DIFFUSERS_NAMES = ("sd3", "flux", "qwen", "hidream", "aura-flow", "pixart")
+FAMILIES = read("research/families.json")
+MODELS = [name for family in FAMILIES for name in family["run"]]
+READ_WITH_DIFFUSERS_NAMES = [
+    name for family in FAMILIES if family.get("comfyui_reads_diffusers") for name in family["run"]
+]
 # Modules without a layer in the files.
 LEFT_OUT = {
     "z-image": r"(?!final).*adaLN_modulation.*",  # Lumina 2 has another one
@@ -164,6 +163,16 @@ def assert_same(updates: Updates, expected: Updates, tolerance: float) -> None:
     for key in updates.keys() | expected.keys():
         update = updates.get(key, torch.zeros(1))
         assert float((update - expected.get(key, torch.zeros(1))).abs().max()) < tolerance * scale
+
+
+def test_the_table_of_families_has_the_models_of_comfyui() -> None:
+    code = "import comfy.options; comfy.options.enable_args_parsing()\n"
+    code += "import comfy.supported_models as m; print(*(c.__name__ for c in m.models))"
+    environment = {**os.environ, "PYTHONPATH": str(COMFYUI_PATH)}
+    command = [str(COMFYUI_PYTHON), "-c", code, "--cpu"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    known = {name for family in FAMILIES for name in family["comfyui"]}
+    assert set(result.stdout.split()) == known
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from matryoshka_lora import combine, export
+from matryoshka_lora.lora.keys import load_models
+from research.blocks.shared import read
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+from diffusers.loaders import lora_pipeline  # noqa: E402
 from helpers.diffusers_models import SMALL_MODELS, small_flux, small_model  # noqa: E402
 
 # transformers 5.24 requires for its text encoders a version of PEFT that is not released yet.
@@ -167,6 +170,7 @@ MIXINS = {
     "AuraFlow": "AuraFlowLoraLoaderMixin",
     "Krea 2": "Krea2LoraLoaderMixin",
 }
+MODELS["anima"] = Model("AnimaLoraLoaderMixin", partial(small_model, "Cosmos-Predict2"))
 MODELS |= {name: Model(MIXINS[name], partial(small_model, name)) for name in SMALL_MODELS}
 
 
@@ -203,6 +207,13 @@ def assert_same(
     scale = max(np.abs(update).max() for update in expected.values())
     for name, update in updates.items():
         assert np.abs(update - expected[name]).max() < tolerance * scale, name
+
+
+def test_the_table_of_families_has_the_loaders_of_diffusers() -> None:
+    loaders = {name for name in dir(lora_pipeline) if name.endswith("LoraLoaderMixin")}
+    families = read("research/families.json")
+    assert loaders == {name for family in families for name in family["diffusers"]}
+    assert {family["model"] for family in families} - {None} == {m.name for m in load_models()}
 
 
 @pytest.mark.parametrize("name", MODELS)
