@@ -655,7 +655,7 @@ def lumina_2() -> list[Module]:
     return [*modules, *rename(ends)]
 
 
-# The attention layers of the next three models have the names, and often the width, of models above.
+# The attention layers of the next three models have the names of models above, and often the width.
 # Without their tables, LoRAs of them would be taken for LoRAs of those.
 
 

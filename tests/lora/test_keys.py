@@ -19,6 +19,7 @@ HUNYUAN_15 = MODELS["HunyuanVideo 1.5"]
 # --- The tables ---
 
 
+@pytest.mark.slow
 def test_the_script_generates_the_tables() -> None:
     """After a change of its rules, run `python tools/key_tables.py`."""
     assert key_tables.OUTPUT.read_text("utf-8") == key_tables.to_json()

@@ -414,14 +414,14 @@ class LayerNames(NamedTuple):
 
 def names_in_format(model: Model, key_format: KeyFormat) -> LayerNames:
     """Return how a key format names the layers of a model."""
-    if key_format == "kohya" and model.kohya_names is None:
-        return LayerNames({}, "diffusers", "_")
     if key_format == "kohya":
+        if model.kohya_names is None:
+            return LayerNames({}, "diffusers", "_")
         prefixes = dict.fromkeys(model.parts, "lora_unet_")
         for prefix, part in model.text_encoders.items():
             if prefix.startswith("lora_te"):
                 prefixes.setdefault(part, prefix)
-        return LayerNames(prefixes, model.kohya_names or "diffusers", "_")
+        return LayerNames(prefixes, model.kohya_names, "_")
     parts = [*model.parts, *model.text_encoders.values()]
     if key_format == "peft":
         return LayerNames(dict.fromkeys(parts, ""), "diffusers", ".")
