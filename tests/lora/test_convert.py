@@ -265,6 +265,8 @@ def test_names_of_hunyuan_video_that_comfyui_does_not_read() -> None:
         "lora_unet_txt_in_individual_token_refiner_blocks_0_self_attn_qkv",
     ]
     assert names_of(convert(random_lora(shapes, keys="kohya"), "kohya")) == names
+    diffusion_pipe = random_lora({"transformer.single_blocks.39.modulation.linear": (18, 6)})
+    assert names_of(convert(diffusion_pipe, "kohya")) == [names[1]]
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,9 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
         kinds = modules_by_kind(lora.other_tensors)
         words = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise MatryoshkaError(
-            f"{lora.name} contains tensors of other modules, which cannot be renamed: {words}, such "
-            f"as {short(min(lora.other_tensors))}. Omit `key_format`, or leave them out with `drop`."
+            f"{lora.name} contains tensors that are not factors and cannot be renamed: {words}, "
+            f"such as {short(min(lora.other_tensors))}. Omit `key_format`, or leave them out with "
+            "`drop`."
         )
     models = _find_models(lora)
     if models:
