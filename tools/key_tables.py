@@ -1,7 +1,8 @@
 """Generate the names of the modules of image and video models, and check them with diffusers.
 
 ``python tools/key_tables.py`` writes ``src/matryoshka_lora/lora/models.json``. A new model is an
-entry of `MODELS`, and one of `CLASSES` for the check; then run this script.
+entry of `MODELS`, one of `CLASSES` for the check, and one of ``research/families.json`` for the
+docs; then run this script and ``python -m research.pages``.
 """
 
 from __future__ import annotations
