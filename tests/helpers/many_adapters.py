@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -29,19 +30,23 @@ def save_many_adapters(
     for number in range(NUM_ADAPTERS):
         name = f"adapter-{number:02}"
         ranks[name] = RANKS[number % len(RANKS)]
-        _save_adapter(folder / name, layers, ranks[name], base_model, name == DORA, seed=number)
+        save_adapter(
+            folder / name, layers, ranks[name], base_model, use_dora=name == DORA, seed=number
+        )
     weights = folder / BROKEN / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     return {name: rank for name, rank in ranks.items() if name not in (DORA, BROKEN)}
 
 
-def _save_adapter(
+def save_adapter(
     folder: Path,
     layers: Mapping[str, tuple[int, int]],
     rank: int,
     base_model: str,
-    use_dora: bool,
-    seed: int,
+    *,
+    use_dora: bool = False,
+    seed: int = 0,
+    **config_changes: Any,
 ) -> None:
     """Write an adapter whose updates have about the size of a layer's weights."""
     generator = np.random.default_rng(seed)
@@ -65,6 +70,7 @@ def _save_adapter(
         "bias": "none",
         "use_dora": use_dora,
         "inference_mode": True,
+        **config_changes,
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

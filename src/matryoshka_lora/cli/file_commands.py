@@ -93,7 +93,7 @@ def info(
 
 
 def _print_next_of_folder(folder: Path, folder_info: FolderInfo) -> None:
-    from matryoshka_lora.serve import round_up_to_vllm
+    from matryoshka_lora.formats.vllm import round_up_to_vllm
 
     output = f"{folder.resolve().name}-small"
     loras = [value.lora for value in folder_info.loras.values()]

@@ -383,6 +383,12 @@ def serve(
         str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad", help="For a folder: leave out the adapters that cannot be served."
+        ),
+    ] = False,
 ) -> None:
     """Serve a folder of adapters, or several ranks of one adapter, with vLLM.
 
@@ -405,6 +411,7 @@ def serve(
         host=host,
         port=port,
         vllm_options=vllm_options or (),
+        skip_bad=skip_bad,
         dry_run=dry_run,
     )
     if dry_run:
