@@ -81,6 +81,13 @@ MaxBytesOption = Annotated[
         "error."
     ),
 ]
+ForVllmOption = Annotated[
+    bool,
+    typer.Option(
+        "--for-vllm",
+        help="With --error, give all layers one rank, rounded up to one of vLLM's --max-lora-rank.",
+    ),
+]
 PadOption = Annotated[
     bool,
     typer.Option(

@@ -19,6 +19,7 @@ from matryoshka_lora.cli.arguments import (
     FactorDtypeOption,
     ForceOption,
     FormatOption,
+    ForVllmOption,
     KeepOption,
     KeyFormatOption,
     LoraArgument,
@@ -65,8 +66,8 @@ def info(
 
     The error of a rank is the norm of what truncation to that rank drops, relative to the norm of
     the whole update. No base model is needed. If LORA is a folder of LoRAs, print a table of them,
-    and the rank at which each has an error of 10%. The exit status is 1 if one of them cannot be
-    read.
+    the rank at which each has an error of 10%, and what a server of vLLM needs for them. The exit
+    status is 1 if one of them cannot be read.
 
     Example: matryoshka info runs/demo/adapter
 
@@ -93,18 +94,15 @@ def info(
 
 
 def _print_next_of_folder(folder: Path, folder_info: FolderInfo) -> None:
-    from matryoshka_lora.formats.vllm import round_up_to_vllm
-
+    error = f"{100 * folder_info.max_error:.4g}%"
     output = f"{folder.resolve().name}-small"
-    loras = [value.lora for value in folder_info.loras.values()]
-    # A server of vLLM reserves as much memory for rank 17 as for rank 32.
-    rank = round_up_to_vllm(folder_info.common_rank(folder_info.max_error))
-    if any(lora.container == "single" for lora in loras):
-        print_next("export", folder, "--error", f"{100 * folder_info.max_error:.4g}%", "-o", output)
-    elif rank < max(lora.max_rank for lora in loras):
-        print_next("export", folder, "--rank", rank, "-o", output)
+    plan = folder_info.plan
+    if plan is None:
+        print_next("export", folder, "--error", error, "-o", output)
+    elif any(rank < folder_info.loras[name].lora.max_rank for name, rank in plan.ranks.items()):
+        print_next("export", folder, "--error", error, "--for-vllm", "-o", output)
     else:  # a smaller rank of vLLM has a larger error
-        print_next("serve", folder, "--dry-run")
+        print_next("serve", folder, *["--skip-bad"] * bool(plan.not_served), "--dry-run")
 
 
 def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> None:
@@ -288,6 +286,7 @@ def export(
     keep: KeepOption = None,
     error: ErrorOption = None,
     max_bytes: MaxBytesOption = None,
+    for_vllm: ForVllmOption = False,
     pad: PadOption = False,
     dtype: FactorDtypeOption = None,
     drop: DropOption = None,
@@ -334,6 +333,7 @@ def export(
         "keep": keep,
         "error": error,
         "max_bytes": max_bytes,
+        "for_vllm": for_vllm,
         "pad": pad,
         "dtype": dtype,
         "drop": drop or (),

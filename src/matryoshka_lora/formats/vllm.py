@@ -13,8 +13,8 @@ from matryoshka_lora.lora.lora import Lora
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for ``--max-lora-rank``."""
 
-# The modules that vLLM has in its own models too, alone or fused: adding experts or other names here
-# can make it answer as the base model, without an error.
+# The modules that have the same names in vLLM's models, or are fused there. Others, such as the
+# ones of experts, have other names there, and a name that vLLM does not find is not an error.
 _FUSED_MODULES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -66,7 +66,7 @@ def select_for_vllm(
         for name, actual in base_models.items():
             if actual != expected:
                 models = [" at ".join(filter(None, model)) for model in (actual, expected)]
-                problems[name] = f"Its base model is {models[0]}. Most have {models[1]}."
+                problems[name] = f"Its base model is {models[0]}, and the server's is {models[1]}."
     return {name: lora for name, lora in loras.items() if name not in problems}, problems
 
 

@@ -12,12 +12,14 @@ from tqdm import tqdm
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, short
 from matryoshka_lora.formats.open import find_loras, open_lora
+from matryoshka_lora.formats.vllm import round_up_to_vllm
 from matryoshka_lora.linalg.factors import relative_error
 from matryoshka_lora.lora.convert import part_of_pipeline, pipeline_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns
 from matryoshka_lora.nesting import check_rank
+from matryoshka_lora.operations.info import info
 from matryoshka_lora.registry import (
     FORMATS,
     PICTURES_CAVEAT,
@@ -52,6 +54,9 @@ class ExportOptions(TypedDict, total=False):
             have weighted the order, it is the weighted error.
         max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
             ranks that keep most of the update.
+        for_vllm: Whether all layers get one rank: the smallest one with at most ``error``, rounded
+            up to a ``--max-lora-rank`` of vLLM. vLLM reserves as much memory as the largest layer
+            needs.
         pad: Whether to write a LoRA of a larger rank to train on, with the same update. Every layer
             gets ``rank``. The new rows of A are random, and the new columns of B zero.
         dtype: The dtype of the factors: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
@@ -69,6 +74,7 @@ class ExportOptions(TypedDict, total=False):
     keep: float | str | None
     error: float | str | None
     max_bytes: int | str | None
+    for_vllm: bool
     pad: bool
     dtype: DtypeName | None
     drop: Iterable[str]
@@ -238,6 +244,7 @@ def _export(
     keep: float | str | None = None,
     error: float | str | None = None,
     max_bytes: int | str | None = None,
+    for_vllm: bool = False,
     pad: bool = False,
     dtype: DtypeName | None = None,
     drop: Iterable[str] = (),
@@ -272,6 +279,12 @@ def _export(
         changed = changed.pad(check_rank(rank))
     if dtype is not None:
         changed = changed.cast(dtype)
+    if for_vllm:
+        if error is None or not keep is max_bytes is None:
+            raise MatryoshkaError("`for_vllm=True` needs `error`, and no `keep` or `max_bytes`.")
+        needed = info(changed, error=error).rank_for_error(parse_share(error))
+        rank = min(round_up_to_vllm(needed), changed.max_rank if rank is None else check_rank(rank))
+        error = None
     notes = [f"{change[0].upper()}{change[1:]}." for change in changed.changes]
     if key_format is not None:
         converted = changed.convert(key_format)

@@ -25,6 +25,7 @@ from matryoshka_lora.lora.convert import part_of_pipeline
 from matryoshka_lora.lora.keys import find_models
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.operations.server_plan import ServerPlan, plan_server
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, PICTURES_CAVEAT, caveat_of
 from matryoshka_lora.text import (
@@ -248,19 +249,26 @@ class FolderInfo:
     max_error: float = 0.1
 
     def __repr__(self) -> str:
-        """Return a table of the LoRAs, and a rank for all, as `matryoshka info` prints them."""
+        """Return a table of the LoRAs and a plan for a server, as `matryoshka info` prints them."""
         limit = f"{100 * self.max_error:.4g}%"
         loras = [info.lora for info in self.loras.values()]
         errors = mark_large_errors([lora.original_error for lora in loras])
-        rows = [["rank", "layers", "size", "error", f"rank for {limit}", "name"]]
-        for (name, info), error in zip(self.loras.items(), errors, strict=True):
-            lora = info.lora
-            numbers = [str(lora.max_rank), str(len(lora.layers)), format_size(lora.size), error]
-            rows.append([*numbers, str(info.rank_for_error(self.max_error)), name])
+        plan = self.plan
+        columns = {
+            "rank": [str(lora.max_rank) for lora in loras],
+            "layers": [str(len(lora.layers)) for lora in loras],
+            "size": [format_size(lora.size) for lora in loras],
+            "error": errors,
+            f"rank for {limit}": [str(rank) for rank in self.ranks.values()],
+            "for vLLM": [str(plan.ranks.get(name, "")) if plan else "" for name in self.loras],
+            "base model": [info.base_model or "" for info in self.loras.values()],
+            "name": list(self.loras),
+        }
         are_truncated = any(lora.original_error > 0 for lora in loras)
         if not are_truncated:
-            rows = [[*row[:3], *row[4:]] for row in rows]
-        lines = format_table(rows, left_aligned=1)
+            del columns["error"]
+        rows = zip(*([name, *cells] for name, cells in columns.items() if any(cells)), strict=True)
+        lines = format_table(list(rows), left_aligned=2 if any(columns["base model"]) else 1)
         if are_truncated:
             lines.append("  error: against the original, which the file was truncated from")
         if any("*" in error for error in errors):
@@ -275,7 +283,18 @@ class FolderInfo:
             f"{self.common_rank(self.max_error)}, each has a relative error of at most {limit} "
             "against its file."
         )
+        lines += plan.to_lines() if plan else []
         return join_lines([*lines, caveat_of(lora.container for lora in loras)])
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The smallest rank at which each LoRA has at most the error `max_error`, by name."""
+        return {name: info.rank_for_error(self.max_error) for name, info in self.loras.items()}
+
+    @property
+    def plan(self) -> ServerPlan | None:
+        """The plan of a server of vLLM, or None if it can serve none of the LoRAs."""
+        return plan_server({name: info.lora for name, info in self.loras.items()}, self.ranks)
 
     def common_rank(self, max_error: float) -> int:
         """Return the smallest rank at which every LoRA has at most a relative error."""
@@ -288,6 +307,7 @@ class FolderInfo:
             "failed": self.failed,
             "max_error": self.max_error,
             "rank_for_error": self.common_rank(self.max_error),
+            "server_plan": self.plan and self.plan.to_dict(),
         }
 
 
