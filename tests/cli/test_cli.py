@@ -199,7 +199,10 @@ def test_json_has_the_rank_of_an_error(source: str, workspace: Path, run: Run) -
 
 @pytest.mark.parametrize(
     ("error", "next_command"),
-    [("60%", "export folder --rank 8 -o folder-small"), ("1%", "serve folder --dry-run")],
+    [
+        ("60%", "export folder --error 60% --for-vllm -o folder-small"),
+        ("1%", "serve folder --dry-run"),
+    ],
 )
 def test_a_folder_for_a_server_gets_a_rank_of_vllm(
     error: str, next_command: str, workspace: Path, run: Run

@@ -97,7 +97,8 @@ def _print_next_of_folder(folder: Path, folder_info: FolderInfo) -> None:
     error = f"{100 * folder_info.max_error:.4g}%"
     output = f"{folder.resolve().name}-small"
     plan = folder_info.plan
-    if plan is None:
+    has_files = any(value.lora.container == "single" for value in folder_info.loras.values())
+    if plan is None or has_files:
         print_next("export", folder, "--error", error, "-o", output)
     elif any(rank < folder_info.loras[name].lora.max_rank for name, rank in plan.ranks.items()):
         print_next("export", folder, "--error", error, "--for-vllm", "-o", output)

@@ -66,17 +66,18 @@ def plan_server(loras: Mapping[str, Lora], ranks: Mapping[str, int]) -> ServerPl
         loras: The LoRAs by name.
         ranks: The rank that each of them needs, by name.
     """
-    served, problems = select_for_vllm(
-        {
-            name: lora
-            for name, lora in loras.items()
-            if lora.container == "peft" and part_of_pipeline(lora) is None
-        }
-    )
+    adapters = {
+        name: lora
+        for name, lora in loras.items()
+        if lora.container == "peft" and part_of_pipeline(lora) is None
+    }
+    is_named = any(lora.config.get("base_model_name_or_path") for lora in adapters.values())
+    base_model = None if is_named else "an unnamed base model"
+    served, problems = select_for_vllm(adapters, base_model)
     if not served:
         return None
     names = sorted(served, key=lambda name: -ranks[name])
     vllm_ranks = {name: round_up_to_vllm(ranks[name]) for name in names}
     slot_sizes = {rank: slot_size(served.values(), rank) for rank in vllm_ranks.values()}
-    base_model, _ = base_model_of(served[names[0]])
+    base_model, _ = base_model_of(served[names[0]], base_model)
     return ServerPlan(base_model, vllm_ranks, slot_sizes, problems)
