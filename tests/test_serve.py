@@ -276,11 +276,16 @@ def test_what_cannot_be_served_is_rejected(adapter: Path, tmp_path: Path) -> Non
 
 def test_the_memory_in_the_docs_is_that_of_the_formula() -> None:
     page = (Path(__file__).parents[1] / "docs" / "serve.md").read_text(encoding="utf-8")
-    hidden, key_value, intermediate = 4096, 1024, 14336  # Llama 3 8B
-    sizes = [(hidden, hidden), (hidden, key_value), (hidden, key_value), (hidden, hidden)]
-    sizes += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
-    numbers_per_rank = 32 * sum(inputs + outputs for inputs, outputs in sizes)
-    assert f"{numbers_per_rank:,} numbers" in page
-    for rank in (64, 8):
-        slot = 2 * rank * numbers_per_rank / 1e9
-        assert f"| {rank} | {slot:.3f} GB | {8 * slot:.2f} GB | {50 * slot:.1f} GB |" in page
+    hidden, key_value, intermediate, vocabulary = 4096, 1024, 14336, 128256  # Llama 3 8B
+    attention = [(hidden, hidden), (hidden, key_value), (hidden, key_value)]
+    others = [(hidden, hidden), *[(hidden, intermediate)] * 3]
+    fused = 32 * sum(map(sum, attention))
+    linear = fused + 32 * sum(map(sum, others))
+    for numbers in (fused, linear, linear + 2 * (vocabulary + hidden)):
+        assert f"{numbers:,}" in page
+    assert f"{100 * fused / linear:.1f} %" in page
+    for modules, numbers in (("all linear layers", linear), ("`q_proj`, `v_proj`", fused)):
+        for rank in (64, 8):
+            slot = 2 * rank * numbers / 1e9
+            sizes = f"{slot:.3f} GB | {8 * slot:.2f} GB | {50 * slot:.1f} GB"
+            assert f"| {modules} | {rank} | {sizes} |" in page

@@ -1,13 +1,16 @@
-"""vLLM serves a ladder and a folder of 50 adapters, with the bundled model (`make test-vllm`)."""
+"""vLLM serves ladders and folders of adapters, with the bundled model (`make test-vllm`)."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -19,14 +22,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.many_adapters import NUM_ADAPTERS, save_many_adapters
+from helpers.many_adapters import NUM_ADAPTERS, save_adapter, save_many_adapters
 from helpers.models import LINEAR_LAYERS
 from helpers.small_adapter import add_small_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from matryoshka_lora import export, export_folder, nest
+from matryoshka_lora import export, export_folder, info_folder, nest
 from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
+from matryoshka_lora.serve import serve
 
 pytest.importorskip("vllm", reason="make test-vllm creates an environment for it")
 
@@ -106,7 +110,7 @@ class Server:
         raise AssertionError(f"the server did not start:\n{self.log.read_text()[-5000:]}")
 
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
-        """Return the status and the JSON of a response."""
+        """Return the status of a response, and its JSON if it has any."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             None if body is None else json.dumps(body).encode(),
@@ -114,8 +118,8 @@ class Server:
         )
         try:
             with urllib.request.urlopen(request) as response:
-                text = response.read()
-                return response.status, json.loads(text) if text else None
+                is_json = response.headers.get_content_type() == "application/json"
+                return response.status, json.load(response) if is_json else None
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"null")
 
@@ -242,3 +246,139 @@ def test_a_folder_of_adapters_generates_what_peft_does(
     for name in names:
         assert answers[name] == generate_with_peft(many_adapters / name, prompts)
     assert answers["adapter-00"] != answers["adapter-24"] != answers["adapter-49"]
+
+
+HIDDEN, KEY_VALUE, INTERMEDIATE, BLOCKS, VOCABULARY = 576, 192, 1536, 30, 49152
+SIZES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, KEY_VALUE),
+    "self_attn.v_proj": (HIDDEN, KEY_VALUE),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (HIDDEN, INTERMEDIATE),
+    "mlp.up_proj": (HIDDEN, INTERMEDIATE),
+    "mlp.down_proj": (INTERMEDIATE, HIDDEN),
+}
+RANKS = (1, 3, 4, 8, 8, 12, 16, 16, 24, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def mixed_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 12 adapters of several ranks and modules, one of another base model."""
+    folder = tmp_path_factory.mktemp("mixed") / "loras"
+    modules = (["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["self_attn.q_proj"])
+    base_models = [resolve_model_path("smollm2-135m")] * len(RANKS) + ["other/base"]
+    for number, (rank, base_model) in enumerate(zip((*RANKS, 8), base_models, strict=True)):
+        # The second one has layers in some blocks only, and one of the third kind is rsLoRA.
+        blocks = range(0, BLOCKS, 3 if number == 1 else 1)
+        names = modules[number % len(modules)]
+        layers = {f"model.layers.{block}.{name}": SIZES[name] for block in blocks for name in names}
+        changes: dict[str, Any] = {}
+        if number == 5:
+            changes = {"use_rslora": True, "lora_alpha": rank**0.5}
+        path = folder / f"adapter-{number:02}"
+        save_adapter(path, layers, rank, base_model, seed=number, **changes)
+    return folder
+
+
+def slot_bytes(arguments: Sequence[str], tmp_path: Path) -> int:
+    """Return the bytes of a slot in a vLLM that runs with some arguments of a server."""
+    script = Path(__file__).with_name("run_vllm_memory.py")
+    output = tmp_path / "bytes.json"
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    subprocess.run([sys.executable, script, output, *arguments], env=environment, check=True)
+    size: int = json.loads(output.read_text())
+    return size
+
+
+def test_the_plan_of_a_folder_has_the_memory_of_vllm(mixed_adapters: Path, tmp_path: Path) -> None:
+    plan = info_folder(mixed_adapters, error="60%").plan
+    assert plan is not None
+    print(*plan.to_lines(), sep="\n")
+    export_folder(mixed_adapters, tmp_path / "small", error="60%", for_vllm=True)
+    result = serve(tmp_path / "small", skip_bad=True, dry_run=True)
+    words = shlex.split(result.commands[-1])
+    max_rank = int(words[words.index("--max-lora-rank") + 1])
+    assert max_rank == max(plan.slot_sizes)
+    assert slot_bytes(words, tmp_path) == plan.slot_sizes[max_rank]
+    # Without the list of modules, vLLM reserves memory for all layers, the embedding and the head.
+    start = words.index("--lora-target-modules")
+    all_layers = BLOCKS * sum(map(sum, SIZES.values())) + 2 * (VOCABULARY + HIDDEN)
+    words = words[:start] + words[words.index("--max-loras") :]
+    assert slot_bytes(words, tmp_path) == 2 * max_rank * all_layers
+
+
+def test_a_folder_of_different_adapters_generates_what_peft_does(
+    mixed_adapters: Path, tmp_path: Path
+) -> None:
+    """Its ranks and modules differ, and the adapter of another base model is left out."""
+    prompt = load_tokenizer()(TEXTS[0])["input_ids"]
+    names = [f"adapter-{number:02}" for number in range(len(RANKS))]
+    arguments = ["matryoshka_lora", "serve", str(mixed_adapters), "--skip-bad"]
+    with running(Server(arguments, tmp_path / "log")) as server:
+        answers = {name: server.generate(name, prompt) for name in names}
+        status, _ = server.request("/v1/completions", {"model": "adapter-11", "prompt": "Hello"})
+        assert status == 404
+    for name in names:
+        assert [answers[name]] == generate_with_peft(mixed_adapters / name, [prompt])
+    assert len({tuple(answer) for answer in answers.values()}) > len(RANKS) // 2
+
+
+def test_the_plugin_serves_every_rank_of_a_folder(
+    adapter: Path, mixed_adapters: Path, tmp_path: Path
+) -> None:
+    """A request names a rank; a folder that is replaced or removed answers accordingly."""
+    folder, temporary = tmp_path / "loras", tmp_path / "temporary"
+    temporary.mkdir()
+    shutil.copytree(adapter, folder / "noise")
+    shutil.copytree(mixed_adapters / "adapter-11", folder / "other-base")
+    export(adapter, tmp_path / "negated", 8, scale={"*": -1.0})
+    prompt = load_tokenizer()(TEXTS[0])["input_ids"]
+    expected: dict[int, list[int]] = {}
+    for rank in (1, 3, 8):
+        export(adapter, tmp_path / str(rank), rank)
+        expected[rank] = generate_with_peft(tmp_path / str(rank), [prompt])[0]
+    negated = generate_with_peft(tmp_path / "negated", [prompt])[0]
+    assert expected[8] != negated
+
+    arguments = ["vllm.entrypoints.openai.api_server", "--enable-lora", "--max-lora-rank=8"]
+    arguments.append(f"--model={resolve_model_path('smollm2-135m')}")
+    environment = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_PLUGINS": "matryoshka",
+        "VLLM_LORA_RESOLVER_CACHE_DIR": str(folder),
+        "TMPDIR": str(temporary),
+        "VLLM_RPC_BASE_PATH": tempfile.gettempdir(),  # a path of a socket must be short
+    }
+    with running(Server(arguments, tmp_path / "log", environment)) as server:
+
+        def error(model: str) -> tuple[int, str]:
+            status, answer = server.request("/v1/completions", {"model": model, "prompt": "Hello"})
+            return status, answer["error"]["message"]
+
+        def unload(model: str) -> None:
+            assert server.request("/v1/unload_lora_adapter", {"lora_name": model})[0] == 200
+
+        for rank, tokens in expected.items():
+            assert server.generate(f"noise@{rank}", prompt) == tokens
+        for name in ("noise@17", "noise@0"):
+            status, message = error(name)
+            assert (status, "rank" in message) == (400, True)
+        for name in ("noise", "noise@16"):  # above --max-lora-rank
+            assert error(name)[0] == 400
+        status, message = error("other-base@2")
+        assert (status, "other/base" in message) == (400, True)
+        for name in ("missing@2", "noise@", "noise@-1", "../loras/noise@2", "."):
+            assert error(name)[0] == 404
+
+        # Rollout of a new version under a name of its own, and removal of the old one.
+        shutil.copytree(tmp_path / "negated", folder / "noise-2")
+        assert server.generate("noise-2@8", prompt) == negated
+        assert server.generate("noise-2", prompt) == negated
+        assert server.generate("noise@8", prompt) == expected[8]
+        shutil.rmtree(folder / "noise")
+        unload("noise@8")
+        assert error("noise@8")[0] == 404
+        # Under the same name, nothing of the old version is left in the prefix cache.
+        shutil.copytree(tmp_path / "negated", folder / "noise")
+        assert server.generate("noise@8", prompt) == negated
+    assert not list(temporary.glob("matryoshka-*"))
