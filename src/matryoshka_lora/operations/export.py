@@ -283,7 +283,9 @@ def _export(
         if error is None or not keep is max_bytes is None:
             raise MatryoshkaError("`for_vllm=True` needs `error`, and no `keep` or `max_bytes`.")
         needed = info(changed, error=error).rank_for_error(parse_share(error))
-        rank = min(round_up_to_vllm(needed), changed.max_rank if rank is None else check_rank(rank))
+        assert not isinstance(rank, Sequence)
+        limit = changed.max_rank if rank is None else changed.check_rank(rank)
+        rank = min(round_up_to_vllm(needed), limit)
         error = None
     notes = [f"{change[0].upper()}{change[1:]}." for change in changed.changes]
     if key_format is not None:

@@ -307,7 +307,7 @@ class FolderInfo:
             "failed": self.failed,
             "max_error": self.max_error,
             "rank_for_error": self.common_rank(self.max_error),
-            "server_plan": self.plan and self.plan.to_dict(),
+            "server_plan": self.plan and vars(self.plan),
         }
 
 

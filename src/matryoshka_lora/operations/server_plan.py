@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from matryoshka_lora.formats.peft_folder import base_model_of
 from matryoshka_lora.formats.vllm import round_up_to_vllm, select_for_vllm, slot_size
@@ -53,10 +52,6 @@ class ServerPlan:
             "  a slot: memory for one of --max-loras adapters in bf16, as `serve` starts vLLM",
             *[f"{name} needs another server: {why}" for name, why in self.not_served.items()],
         ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as values that JSON can represent."""
-        return dict(vars(self))
 
 
 def plan_server(loras: Mapping[str, Lora], ranks: Mapping[str, int]) -> ServerPlan | None:
