@@ -50,7 +50,7 @@ class ServerPlan:
             f"A server of vLLM for {adapters} of {self.base_model}:",
             *format_table(rows, left_aligned=1),
             "  a slot: memory for one of --max-loras adapters in bf16, as `serve` starts vLLM",
-            *[f"{name} needs another server: {why}" for name, why in self.not_served.items()],
+            *[f"{name} is left out: {why}" for name, why in self.not_served.items()],
         ]
 
 
