@@ -98,9 +98,9 @@ class RankResolver:
             )
         if rank is None:
             return folders[name]
-        # Weights that have changed get another path: the keys of vLLM's prefix cache have the path.
-        version = str(adapter.files[0].stat().st_mtime_ns)
-        output = temporary / version / lora_name
+        # A new version gets another path: the keys of vLLM's prefix cache have the path.
+        version = max(file.stat().st_mtime_ns for file in folders[name].rglob("adapter_*"))
+        output = temporary / str(version) / lora_name
         if not output.exists():
             adapter.at_rank(int(rank)).save(output)
         return output

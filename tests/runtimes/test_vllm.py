@@ -61,8 +61,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a nested adapter on the bundled model with a small adapter for the ranks 1 and 2."""
     folder = tmp_path_factory.mktemp("vllm")
     config = LoraConfig(r=MAX_RANK, lora_alpha=MAX_RANK, target_modules=LINEAR_LAYERS)
-    model = get_peft_model(load_model(dtype=torch.float32), config)
+    base_model = load_model(dtype=torch.float32)
     torch.manual_seed(0)
+    model = get_peft_model(base_model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.12)
@@ -331,14 +332,14 @@ def test_the_plugin_serves_every_rank_of_a_folder(
     temporary.mkdir()
     shutil.copytree(adapter, folder / "noise")
     shutil.copytree(mixed_adapters / "adapter-11", folder / "other-base")
-    export(adapter, tmp_path / "negated", 8, scale={"*": -1.0})
+    other = mixed_adapters / "adapter-04"
     prompt = load_tokenizer()(TEXTS[0])["input_ids"]
     expected: dict[int, list[int]] = {}
     for rank in (1, 3, 8):
         export(adapter, tmp_path / str(rank), rank)
         expected[rank] = generate_with_peft(tmp_path / str(rank), [prompt])[0]
-    negated = generate_with_peft(tmp_path / "negated", [prompt])[0]
-    assert expected[8] != negated
+    (expected_of_other,) = generate_with_peft(other, [prompt])
+    assert expected[8] != expected_of_other
 
     arguments = ["vllm.entrypoints.openai.api_server", "--enable-lora", "--max-lora-rank=8"]
     arguments.append(f"--model={resolve_model_path('smollm2-135m')}")
@@ -371,14 +372,14 @@ def test_the_plugin_serves_every_rank_of_a_folder(
             assert error(name)[0] == 404
 
         # Rollout of a new version under a name of its own, and removal of the old one.
-        shutil.copytree(tmp_path / "negated", folder / "noise-2")
-        assert server.generate("noise-2@8", prompt) == negated
-        assert server.generate("noise-2", prompt) == negated
+        shutil.copytree(other, folder / "noise-2")
+        assert server.generate("noise-2@8", prompt) == expected_of_other
+        assert server.generate("noise-2", prompt) == expected_of_other
         assert server.generate("noise@8", prompt) == expected[8]
         shutil.rmtree(folder / "noise")
         unload("noise@8")
         assert error("noise@8")[0] == 404
         # Under the same name, nothing of the old version is left in the prefix cache.
-        shutil.copytree(tmp_path / "negated", folder / "noise")
-        assert server.generate("noise@8", prompt) == negated
+        shutil.copytree(other, folder / "noise")
+        assert server.generate("noise@8", prompt) == expected_of_other
     assert not list(temporary.glob("matryoshka-*"))
