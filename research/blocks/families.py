@@ -24,6 +24,6 @@ def families() -> str:
         loader = "`diffusers`" if entry["diffusers"] and model else ""
         if entry["diffusers"] and not model:
             loader = "its own names"
-        rows.append([entry["family"], "yes", kohya, diffusers, comfyui, loader])
-    heading = ["LoRAs of", "shrink, combine", "to `kohya`", "to `diffusers`, `peft`"]
+        rows.append([entry["family"], kohya, diffusers, comfyui, loader])
+    heading = ["LoRAs of", "to `kohya`", "to `diffusers`, `peft`"]
     return table([*heading, "ComfyUI reads", "diffusers reads"], rows)
