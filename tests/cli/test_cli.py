@@ -220,7 +220,7 @@ def test_an_export_of_an_image_model_says_which_programs_load_it(workspace: Path
     lora = random_lora({"unet.down_blocks.0.attentions.0.to_q": (8, 8)})
     lora.convert("peft").save("unet")
     assert "ComfyUI" in run("export unet --rank 1 -o new.safetensors")[1].splitlines()[-1]
-    assert "Compare pictures" in run("export unet --rank 1 -o new")[1]
+    assert "preview" in run("export unet --rank 1 -o new")[1]
 
 
 def test_export_changes_layers_by_patterns(workspace: Path, run: Run) -> None:
