@@ -19,7 +19,7 @@ ORDERS = {
     "svd": "SVD",
     "16": "16 examples",
     "128": "128 examples",
-    "other": "128 examples of another task",
+    "other": "128 other examples",
 }
 SIZES = {2: "6 %", 4: "12.5 %", 8: "25 %"}
 """The share of the parameters of rank 32, by the rank."""

@@ -107,7 +107,7 @@ def low_differences() -> str:
     """Differences of `train_ranks` from LoRA-Squeeze and from LoRA trained at the rank."""
     ranks = (1, 2, 4)
     studies = {
-        "256 facts": ("low-256", ["lora/squeezed"]),
+        "256 facts": ("low-256", ["lora/squeezed", LORA_EACH]),
         "512 facts": ("low-512", ["lora/squeezed", LORA_EACH]),
         "fewer trainable parameters": ("low-capacity", ["lora/squeezed", LORA_EACH]),
     }
@@ -181,8 +181,10 @@ def squeeze_tries() -> str:
     times = fmean(curve.parameters for curve in squeezed) / parameters_of_lora
     return (
         "* **LoRA-Squeeze** ([paper](https://arxiv.org/abs/2602.10993)) is a chained variant of "
-        "ours: it truncates and trains on, from rank to rank.\n  No rank is validated, so one "
-        f"that training has made worse is kept. It had {num_tries['squeezed']} tries, and "
+        "ours: it truncates and trains on, from rank to rank.\n  No rank is validated, and it has "
+        "the learning rate that is best for it, so it starts from another adapter than "
+        "`train_ranks` does. It "
+        f"had {num_tries['squeezed']} tries, and "
         f"`train_ranks` {num_tries['train_ranks']}. It leaves a file\n  for each of the "
         f"{len(squeezed[0].ranks)} ranks, which are {times:.1f} times as large as the adapter. The "
         "authors' form, which truncates within the training,\n  was not run."
@@ -294,19 +296,21 @@ def dylora_and_p() -> str:
         spread([chosen_rate("headline", method, task) for task in THREE_TASKS])
         for method in ("matryoshka/prefix", "dylora/prefix")
     )
-    kept = points(
-        in_paper_regime(
-            "matryoshka-authors/kept", "dylora-authors/prefix", aurac_linear, "chain_sum"
-        ),
-        "+",
-    )
+    kept = [
+        points(
+            in_paper_regime("matryoshka-authors/kept", "dylora-authors/prefix", area, "chain_sum"),
+            "+",
+        )
+        for area in (aurac_log2, aurac_linear)
+    ]
     return (
         "* **The paper has P ahead of DyLoRA.** Here, with P *dropped* after training and with "
         f"DyLoRA, AURAC is\n  {'; '.join(areas)} %. The rates are {rates_of_p} for P and "
         f"{rates_of_dylora} for DyLoRA;\n  the paper's are 5e-6 to 1e-3. In [its own regime]"
         "(#the-papers-own-regime), P dropped minus DyLoRA is at rank 1\n  "
         f"{' and '.join(differences)} points on `chain_sum` and 128 facts. **With P kept**, P is "
-        f"ahead there on `chain_sum`:\n  the AURAC over the linear rank differs by {kept} points."
+        f"ahead there on `chain_sum`\n  by {kept[1]} points of the AURAC over the linear rank, "
+        f"where large ranks count more, and by {kept[0]} over log2."
     )
 
 
