@@ -96,8 +96,8 @@ def readme_findings() -> str:
         "has both for the same tokens.",
         "* **LoRA trained at rank 1** knows "
         f"{median(references):.1f} % of the facts ({min(references):.1f} to "
-        f"{max(references):.1f}, with the best of nine rates and three warmups; the rate is at the edge",
-        f"  of its grid), `train_ranks` {median(trained):.1f} ({min(trained):.1f} to "
+        f"{max(references):.1f}, with the best of nine rates and three warmups; the rate is at the",
+        f"  edge of its grid), `train_ranks` {median(trained):.1f} ({min(trained):.1f} to "
         f"{max(trained):.1f}). With fewer trainable parameters, `train_ranks` minus LoRA "
         f"trained at rank 2 is {to_lora} points.",
         "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
