@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from matryoshka_lora.lora.keys import load_models
 from research.blocks.shared import block, read, table
 
 
 @block
 def families() -> str:
     """Each family of image and video models: conversions, and what reads the files."""
-    models = {model.name: model for model in load_models()}
+    models = {m["name"]: m for m in read("src/matryoshka_lora/lora/models.json")["models"]}
     rows: list[list[str]] = []
     for entry in read("research/families.json"):
         model = models.get(entry["model"])
-        kohya = "yes" if model and model.kohya_names else ""
+        kohya = "yes" if model and model["kohya_names"] else ""
         diffusers = "yes" if model else ""
         comfyui = ""
         if entry["run"]:

@@ -77,6 +77,7 @@ def test_read_rejects_damaged_files(content: str | None, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("settings", {}),
         ("ranks", [2, 1]),
         ("ranks", [1, 16]),
         ("sizes", {"1": "x"}),

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -368,8 +369,9 @@ class Evaluation:
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
             ranks = check_ranks(fields["ranks"])
+            _check_type(fields["settings"]["adapter"], str, NoneType)
             tasks = {name: _read_task(task, ranks) for name, task in fields["tasks"].items()}
-            sizes = _by_rank(fields["sizes"], ranks)
+            sizes = _by_rank(fields["sizes"], ranks, int)
             examples = _read_examples(file.with_name(EXAMPLES_NAME))
         except (OSError, *_FILE_ERRORS) as error:
             raise MatryoshkaError(
@@ -381,11 +383,21 @@ class Evaluation:
 def _read_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:
     metrics: dict[str, Metric] = {}
     for name, metric in fields["metrics"].items():
-        values, errors = _by_rank(metric["values"], ranks), _by_rank(metric["standard_errors"])
-        metrics[name] = Metric(metric["higher_is_better"], values, errors)
+        metrics[name] = Metric(
+            higher_is_better=_check_type(metric["higher_is_better"], bool, NoneType),
+            values=_by_rank(metric["values"], ranks, float, NoneType),
+            standard_errors=_by_rank(metric["standard_errors"], (), float, NoneType),
+        )
     if fields["primary_metric"] not in metrics:
         raise KeyError(fields["primary_metric"])
-    return TaskResult(**{**fields, "metrics": metrics})
+    return TaskResult(
+        num_examples=_check_type(fields["num_examples"], int),
+        num_fewshot=_check_type(fields["num_fewshot"], int, NoneType),
+        primary_metric=fields["primary_metric"],
+        aurac_log2=_check_type(fields["aurac_log2"], float, NoneType),
+        aurac_linear=_check_type(fields["aurac_linear"], float, NoneType),
+        metrics=metrics,
+    )
 
 
 def _read_examples(file: Path) -> list[Example]:
@@ -396,21 +408,31 @@ def _read_examples(file: Path) -> list[Example]:
     for line in file.read_text(encoding="utf-8").split("\n"):
         if line:
             example = Example(**json.loads(line))
-            example.answers = _by_rank(example.answers)
+            example.answers = _by_rank(example.answers, (), str)
             for metric, values in example.metrics.items():
-                example.metrics[metric] = _by_rank(values)
+                example.metrics[metric] = _by_rank(values, (), float)
             examples.append(example)
     return examples
 
 
-def _by_rank(values: Mapping[Any, Any], ranks: Sequence[int] = ()) -> Any:
+def _by_rank(values: Mapping[Any, Any], ranks: Sequence[int], *types: type) -> Any:
     """Return values by rank, with integers as keys: JSON writes them as strings.
 
     Raises:
         LookupError: One of ``ranks`` has no value.
+        TypeError: A value has another type.
     """
-    by_rank = {int(rank): value for rank, value in values.items()}
+    by_rank = {int(rank): _check_type(value, *types) for rank, value in values.items()}
     for rank in ranks:
         if rank not in by_rank:
             raise LookupError(f"no value at rank {rank}")
     return by_rank
+
+
+def _check_type(value: Any, *types: type) -> Any:
+    """Return a value from JSON, and check its type. An integer is accepted as a float."""
+    if float in types and type(value) is int:
+        value = float(value)
+    if type(value) not in types or (isinstance(value, float) and not math.isfinite(value)):
+        raise TypeError(f"unexpected {value!r}")
+    return value
