@@ -196,7 +196,7 @@ def use(folder: Path, lora: Path, command: list[str]) -> None:
 def test_configs(tmp_path: Path) -> None:
     lora = write_nested(tmp_path)
 
-    @settings(max_examples=2000)
+    @settings(max_examples=400)
     @given(edited_json(json.loads((lora / CONFIG_NAME).read_text())), FOLDER_COMMANDS)
     def check(config: bytes, command: list[str]) -> None:
         (lora / CONFIG_NAME).write_bytes(config)
@@ -208,7 +208,7 @@ def test_configs(tmp_path: Path) -> None:
 def test_headers_of_folders(tmp_path: Path) -> None:
     lora = write_nested(tmp_path)
 
-    @settings(max_examples=1000)
+    @settings(max_examples=400)
     @given(damaged_files(*split_header(lora / WEIGHTS_NAME)), FOLDER_COMMANDS)
     def check(data: bytes, command: list[str]) -> None:
         (lora / WEIGHTS_NAME).write_bytes(data)
@@ -221,7 +221,7 @@ def test_headers_of_folders(tmp_path: Path) -> None:
 def test_headers_of_single_files(key_format: str, tmp_path: Path) -> None:
     lora = write_single(tmp_path / "lora.safetensors", key_format)
 
-    @settings(max_examples=800)
+    @settings(max_examples=400)
     @given(damaged_files(*split_header(lora)), SINGLE_COMMANDS)
     def check(data: bytes, command: list[str]) -> None:
         lora.write_bytes(data)
@@ -234,7 +234,7 @@ def test_nesting_metadata(tmp_path: Path) -> None:
     lora = write_nested(tmp_path)
     header, tensors = split_header(lora / WEIGHTS_NAME)
 
-    @settings(max_examples=1000)
+    @settings(max_examples=400)
     @given(edited_json(json.loads(header["__metadata__"][NESTING_KEY])), FOLDER_COMMANDS)
     def check(nesting: bytes, command: list[str]) -> None:
         header["__metadata__"][NESTING_KEY] = nesting.decode(errors="replace")
@@ -248,7 +248,7 @@ def test_metadata_of_diffusers(tmp_path: Path) -> None:
     lora = write_single(tmp_path / "lora.safetensors", "diffusers")
     header, tensors = split_header(lora)
 
-    @settings(max_examples=1000)
+    @settings(max_examples=400)
     @given(edited_json(DIFFUSERS_METADATA), SINGLE_COMMANDS)
     def check(configs: bytes, command: list[str]) -> None:
         header["__metadata__"]["lora_adapter_metadata"] = configs.decode(errors="replace")
@@ -264,7 +264,7 @@ def test_examples(tmp_path: Path) -> None:
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     file = tmp_path / "examples.jsonl"
 
-    @settings(max_examples=2000)
+    @settings(max_examples=400)
     @given(st.lists(st.sampled_from(EXAMPLES).flatmap(edited_json), max_size=2))
     def check(lines: list[bytes]) -> None:
         file.write_bytes(b"\n".join(lines))
@@ -284,7 +284,7 @@ def test_evaluations(tmp_path: Path) -> None:
     first_lines = (tmp_path / EXAMPLES_NAME).read_text().split("\n")[:2]
     examples = [json.loads(line) for line in first_lines]
 
-    @settings(max_examples=1500)
+    @settings(max_examples=600)
     @given(
         edited_json(fields),
         st.tuples(edited_json(examples[0]), edited_json(examples[1])),
