@@ -289,3 +289,12 @@ def test_the_memory_in_the_docs_is_that_of_the_formula() -> None:
             slot = 2 * rank * numbers / 1e9
             sizes = f"{slot:.3f} GB | {8 * slot:.2f} GB | {50 * slot:.1f} GB"
             assert f"| {modules} | {rank} | {sizes} |" in page
+
+
+def test_a_rank_that_vllm_does_not_have_is_rejected(tmp_path: Path) -> None:
+    for name, rank in (("large", 600), ("small", 8)):
+        save_adapter(
+            tmp_path / "loras" / name, {"model.layers.0.mlp.up_proj": (8, 8)}, rank, "base"
+        )
+    with pytest.raises(MatryoshkaError, match="600"):
+        dry_run(tmp_path / "loras")

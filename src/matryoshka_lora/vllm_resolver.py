@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ class RankResolver:
         name, rank = lora_name, None
         if name not in folders:
             name, _, rank = lora_name.rpartition("@")
-            if name not in folders or not rank.isdecimal():
+            # Each spelling of a rank would be another copy on the disk.
+            if name not in folders or not re.fullmatch(r"0|[1-9][0-9]{0,5}", rank):
                 return None
         adapter = peft_folder.read(folders[name], name)
         check_for_vllm(adapter)

@@ -154,7 +154,7 @@ class Preview:
         else:
             lines.append(
                 f"{self.suggestion.name} ({format_size(self.suggestion.size)}) is the smallest "
-                f"file with a distance of at most {limit}. This rests on {number}: look at the "
+                f"file with a distance of at most {limit}. This is based on {number}: look at the "
                 "pictures."
             )
         return join_lines(lines)
@@ -296,6 +296,8 @@ def preview(
         for rank in lora.check_ranks(ranks):
             if rank < lora.max_rank:
                 options[f"rank {rank}"] = {"rank": rank}
+    if not options:
+        raise MatryoshkaError(f"Rank {lora.max_rank} is the whole LoRA. Pass smaller `ranks`.")
     settings = {name: lora.truncate(**arguments) for name, arguments in options.items()}
     sizes = {name: setting.file_size for name, setting in settings.items()}
     is_plain = lora.nesting is None and all(layer.kind == "LoRA" for layer in lora.layers)
@@ -307,7 +309,7 @@ def preview(
         pipeline, model_name = _load_pipeline(str(model), dtype, offload), str(model)
     if not hasattr(pipeline, "load_lora_weights"):
         raise MatryoshkaError(
-            f"{model_name} is no pipeline that takes LoRAs. Pass another `model`."
+            f"{model_name} is not a pipeline that takes LoRAs. Pass another `model`."
         )
     if _count_lora_layers(pipeline):  # it would be unloaded
         raise MatryoshkaError(
@@ -469,7 +471,7 @@ def _draw(
     with wrap_errors(
         f"{name} cannot draw",
         "Check `pipeline_args`; smaller pictures or `offload=True` need less memory",
-        (TypeError, ValueError, RuntimeError),  # also of the memory
+        (TypeError, ValueError, ArithmeticError, RuntimeError),  # also of the memory
     ):
         output = pipeline(
             prompt=prompt,
@@ -485,6 +487,8 @@ def _draw(
         image = output.frames[0][len(output.frames[0]) // 2]
     else:
         raise MatryoshkaError(f"{name} returns neither images nor frames. Pass another pipeline.")
+    if len(getattr(output, "images", ())) > 1:
+        raise MatryoshkaError("The pipeline draws several pictures. Pass several `seeds` instead.")
     return image.convert("RGB"), last["latents"].float().cpu()
 
 

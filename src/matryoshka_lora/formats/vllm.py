@@ -10,7 +10,7 @@ from matryoshka_lora.formats.peft_folder import base_model_of
 from matryoshka_lora.formats.runtimes import name_in_block
 from matryoshka_lora.lora.lora import Lora
 
-_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for ``--max-lora-rank``."""
 
 # The modules that have the same names in vLLM's models, or are fused there. Others, such as the
@@ -24,7 +24,7 @@ _MODULES = {"self_attn.o_proj", "mlp.down_proj"}.union(*_FUSED_MODULES)
 
 def round_up_to_vllm(rank: int) -> int:
     """Return the smallest ``--max-lora-rank`` of vLLM that a rank fits, or the rank itself."""
-    return next((allowed for allowed in _MAX_LORA_RANKS if allowed >= rank), rank)
+    return next((allowed for allowed in MAX_LORA_RANKS if allowed >= rank), rank)
 
 
 def check_for_vllm(lora: Lora) -> None:
@@ -97,6 +97,8 @@ def slot_size(loras: Iterable[Lora], max_rank: int) -> int | None:
     layers = {layer.name: layer.parameters_per_rank for lora in loras for layer in lora.layers}
     num_blocks = max(Counter(map(name_in_block, layers)).values())
     sizes = {name_in_block(name): size for name, size in layers.items()}
+    if any(sizes[name_in_block(name)] != size for name, size in layers.items()):
+        return None  # the blocks differ
     parameters = sum(sizes.values())
     for modules in _FUSED_MODULES:
         known = [sizes[name] for name in modules if name in sizes]
