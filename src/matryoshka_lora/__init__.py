@@ -97,7 +97,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from matryoshka_lora.errors import optional_imports
 
-    with optional_imports():
+    with optional_imports("image" if name == "preview" else None):
         module = import_module(f"{__name__}.{_MODULES[name]}")
     value = getattr(module, name)
     globals()[name] = value
