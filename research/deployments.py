@@ -168,6 +168,7 @@ FUNCTIONS: dict[str, Deployment] = {
     "kept": kept,
     "svd": svd,
     "trained": trained_ranks,
+    "trained-0.25": partial(trained_ranks, name="trained-0.25", share=0.25),
     "trained-1.0": partial(trained_ranks, name="trained-1.0", share=1.0),
     "squeezed": squeezed,
 }

@@ -33,6 +33,7 @@ NAMES = {
 LOW_NAMES = {
     **NAMES,
     "lora/trained": "**LoRA, then `train_ranks`**",
+    "lora/trained-0.25": "LoRA, then `train_ranks` with `max_examples=0.25`",
     "lora/trained-1.0": "LoRA, then `train_ranks` with `max_examples=1.0`",
 }
 """The names in the studies of the `train_ranks` of version 0.5."""

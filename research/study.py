@@ -21,7 +21,7 @@ RUNS = ROOT / "research" / "runs"
 LORA_EACH = "lora-each"
 """The reference: a LoRA for each rank, trained at this rank."""
 
-DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "trained-1.0", "squeezed")
+DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "trained-0.25", "trained-1.0", "squeezed")
 """The ways to deploy a trained adapter; see `research.deployments`."""
 
 WITHOUT_TRAINING = ("prefix", "kept", "svd")
