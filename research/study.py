@@ -75,6 +75,18 @@ RECIPES = {
         scaling="sqrt",
         authors=True,
     ),
+    "matryoshka-authors-none": Recipe("the same, scaling none", "matryoshka", authors=True),
+    "matryoshka-authors-rank": Recipe(
+        "the same, scaling 1 / r", "matryoshka", "rank", authors=True
+    ),
+    "lora-authors-none": Recipe("LoRA in the same way, scale 1", authors=True),
+    "lora-authors-rank": Recipe("LoRA in the same way, scale 1 / R", scaling="rank", authors=True),
+    "dylora-authors-none": Recipe(
+        "DyLoRA in the same way, scale 1", "dylora", authors=True, parts=8
+    ),
+    "dylora-authors-rank": Recipe(
+        "DyLoRA in the same way, scale 1 / r", "dylora", "rank", authors=True, parts=8
+    ),
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
     "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
     "dylora": Recipe("one nested rank for each step, as the paper runs DyLoRA", "dylora"),
