@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,11 +41,16 @@ def resolve_model_path(name: str, revision: str | None = None) -> str:
         is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
         with suppress(MatryoshkaError):
             if not is_cached and bundled_gguf_path():
-                logger.warning(
-                    "%s is not in the Hub's cache. Using the bundled 4-bit version.", name
-                )
+                _warn_of_bundled_model()
                 return str(bundled_model_path())
     return name
+
+
+@cache  # once for model, tokenizer and config
+def _warn_of_bundled_model() -> None:
+    logger.warning(
+        "%s is not in the Hub's cache. Using the bundled 4-bit version.", BUNDLED_MODEL_ID
+    )
 
 
 def bundled_model_path() -> Path:

@@ -52,6 +52,9 @@ def test_each_evaluation_logs_the_losses_and_the_training_is_the_same(tmp_path: 
     for rank in (1, 2, 4):
         expected = loss_at_rank(adapter, EVALUATION, rank)
         assert entries[-1][f"eval_rank_{rank}_loss"] == pytest.approx(expected, rel=1e-5)
+    # All examples have the same number of tokens, so the Trainer's mean is the same.
+    logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert logged[-1] == pytest.approx(entries[-1]["eval_rank_4_loss"], rel=1e-5)
 
 
 def test_an_evaluation_leaves_the_factors_and_the_modes(tmp_path: Path) -> None:

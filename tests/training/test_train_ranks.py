@@ -535,6 +535,8 @@ def test_sharded_factors_are_trained_as_others(one_process: None, tmp_path: Path
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     fully_shard(adapters[1].model, mesh=mesh)
     assert adapters[1].factors.are_sharded
+    with pytest.raises(MatryoshkaError, match="matryoshka reorder"):
+        adapters[1].reorder(TRAINING)
     for adapter in adapters:
         adapter.reorder()
     before = adapters[1].factors.copy()

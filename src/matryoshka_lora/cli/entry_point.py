@@ -106,6 +106,8 @@ def _configure_libraries() -> None:
     # each part of a pipeline without a layer of a LoRA.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # bitsandbytes warns of a missing kernel for 4 bits when PEFT imports it, for any model.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Otherwise torch's threads spin while they wait, which is five times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = lambda message, *_args, **_kwargs: (

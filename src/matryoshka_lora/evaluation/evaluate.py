@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -113,6 +114,7 @@ def evaluate(
     with optional_imports("eval"):  # these imports take seconds, so the arguments are checked first
         import torch
         from accelerate.state import PartialState
+        from tqdm import tqdm
 
         from matryoshka_lora.evaluation.harness import ManyRanksLM
         from matryoshka_lora.evaluation.plot import plot_evaluation
@@ -160,12 +162,21 @@ def evaluate(
             if output is not None and index == 0:
                 new_folder = create_folder(output, force, sources)
             with new_folder as folder:
+                start = time.perf_counter()
                 results: dict[int, HarnessResults] = {}
                 for rank in lm.ranks:
                     lm.lora_rank = rank
                     results[rank] = run_task(lm, task, num_fewshot, limit, progress)
                 for name in add_results(evaluation, task, results):
                     _log_values(evaluation, name)  # the log has them if they cannot be written
+                logger.info(
+                    "%s took %s at %d ranks, in %s on %s.",
+                    printable(task.name),
+                    tqdm.format_interval(time.perf_counter() - start),
+                    len(lm.ranks),
+                    settings["dtype"],
+                    nested.model.device,
+                )
                 if folder is not None:
                     evaluation.write(folder)
             if output is not None:

@@ -145,7 +145,7 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             # The harness tokenizes requests, and adds up the windows of long strings. Here it adds
             # up arrays over the ranks, from `_loglikelihood_tokens`.
             self.batch_size_per_gpu = _ALL_AT_ONCE
-            arrays = compute(share, disable_tqdm=not self.progress)
+            arrays = compute(share, disable_tqdm=True)
             if request_type == "loglikelihood_rolling":
                 return [array.tolist() for array in arrays]
             return [
@@ -196,8 +196,9 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             indices_by_settings[hash_args("", [task_settings])].append(index)
             num_tokens += max_new_tokens
         texts = [[""] * len(self.ranks) for _ in requests]
-        # Most answers of a batch end at about the same time, so a bar of answers would jump.
-        with self._progress_bar(num_tokens, "answers") as bar:
+        # Most answers of a batch end at about the same time, so a bar of answers would jump. The
+        # remaining time is unknown: an answer may end before its maximum.
+        with self._progress_bar(num_tokens, "answers", "{l_bar}{bar}| {elapsed}") as bar:
             for indices in indices_by_settings.values():
                 settings = normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks)
                 eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -263,7 +264,9 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             )
         return tuple(tokens[-max_prompt_length:])
 
-    def _progress_bar(self, num_tokens: int, description: str) -> Any:
+    def _progress_bar(
+        self, num_tokens: int, description: str, bar_format: str | None = None
+    ) -> Any:
         return tqdm(
             total=num_tokens * len(self.ranks),
             desc=f"{description} at {len(self.ranks)} ranks",
@@ -271,6 +274,7 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             leave=False,
             unit=" tokens",
             unit_scale=True,
+            bar_format=bar_format,
         )
 
 

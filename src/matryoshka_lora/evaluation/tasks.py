@@ -113,7 +113,9 @@ def _named_bars(name: str, is_shown: bool) -> Iterator[None]:
     modules = {task_module: f"prompts of {name}", huggingface: f"texts of {name}"}
     bars = {module: module.tqdm for module in modules}
     for module, description in modules.items():
-        module.tqdm = partial(bars[module], desc=description, disable=not is_shown, leave=False)
+        module.tqdm = partial(
+            bars[module], desc=description, disable=not is_shown, leave=False, delay=1
+        )
     try:
         yield
     finally:

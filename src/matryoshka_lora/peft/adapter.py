@@ -381,7 +381,8 @@ class NestedAdapter:
             if factors.are_sharded:
                 raise MatryoshkaError(
                     "Sharded factors can be reordered without examples only. Omit `data`; or save "
-                    "the adapter, and reorder its folder in one process."
+                    "the adapter, and reorder its folder in one process: `matryoshka reorder "
+                    "FOLDER --data FILE -o OUTPUT`."
                 )
             # This module is slow to import.
             from matryoshka_lora.training.data import read_training_data
