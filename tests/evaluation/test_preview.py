@@ -131,7 +131,7 @@ def test_the_sheet_and_the_numbers_are_written_and_nothing_else_is_replaced(
         "--prompt=a fox",
         "--within=99%",
         "--errors=20%,90%",
-        "--pipeline-args=num_inference_steps=2,height=16,width=16",
+        "--pipeline-args=num_inference_steps=2,prompt_2=dark, blurry,height=16,width=16",
         f"--output={tmp_path / 'sheet.png'}",
     ]
     result = CliRunner().invoke(app, words)
@@ -139,6 +139,7 @@ def test_the_sheet_and_the_numbers_are_written_and_nothing_else_is_replaced(
     numbers = json.loads((tmp_path / "sheet.json").read_text())
     columns = {column["name"]: column for column in numbers["columns"]}
     assert list(columns) == ["no LoRA", "error 90%", "error 20%", "whole LoRA"]
+    assert numbers["pipeline_args"]["prompt_2"] == "dark, blurry"
     assert columns["no LoRA"]["distance"] == 1
     assert columns["whole LoRA"]["distance"] == 0
     assert columns["whole LoRA"]["psnr"] is None
@@ -160,6 +161,35 @@ def test_the_sheet_and_the_numbers_are_written_and_nothing_else_is_replaced(
         assert (tmp_path / name).read_bytes() == b"of another program"
         (tmp_path / name).write_bytes(content)
     assert {file.name for file in tmp_path.iterdir()} == {"sheet.png", "sheet.json"}
+
+
+def test_pictures_are_kept_if_the_output_cannot_be_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "flux")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    scheduler_step = pipeline.scheduler.step
+
+    def step(*args: Any, **options: Any) -> Any:
+        (tmp_path / "sheet.json").write_text("of another program")
+        return scheduler_step(*args, **options)
+
+    pipeline.scheduler.step = step
+    with pytest.raises(MatryoshkaError, match="instead"):
+        ml.preview(
+            folder / "flux diffusers.safetensors",
+            pipeline,
+            ["a"],
+            [1],
+            pipeline_args=ARGUMENTS,
+            output=tmp_path / "sheet.png",
+            progress=False,
+        )
+    assert (tmp_path / "sheet.json").read_text() == "of another program"
+    (sheet,) = (tmp_path / "temporary").glob("*/sheet.png")
+    assert Image.open(sheet).width > 3 * 16
+    assert len(json.loads(sheet.with_suffix(".json").read_text())["columns"]) == 3
 
 
 def test_layers_that_the_pipeline_lacks_are_reported(folder: Path, tmp_path: Path) -> None:
@@ -184,6 +214,8 @@ def test_layers_that_the_pipeline_lacks_are_reported(folder: Path, tmp_path: Pat
         ("flux", {"ranks": [9]}, "rank"),
         ("flux", {"pipeline_args": {"steps": 3}}, "steps"),
         ("flux", {"pipeline_args": {"height": -8}}, "draw"),
+        ("flux", {"pipeline_args": {"return_dict": False, "prompt": "a"}}, "prompt, return_dict"),
+        ("flux", {"pipeline_args": {**ARGUMENTS, "height": 4}}, "16 x 4"),
         ("wan", {}, "the model that the LoRA is for"),
         ("language model", {}, "image model"),
         ("zero", {}, "equal"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,21 +148,28 @@ ExamplesOption = Annotated[
 ]
 
 
-def parse_model_args(text: str | None) -> dict[str, Any] | None:
-    """Return arguments in lm-eval's format, such as ``"device_map=auto,load_in_4bit=True"``."""
+def parse_arguments(text: str | None) -> dict[str, Any] | None:
+    """Return arguments such as ``"height=512,negative_prompt=dark, blurry"``."""
     if text is None:
         return None
     arguments: dict[str, Any] = {}
-    for part in text.split(","):
+    for part in re.split(r",(?=\s*\w+=)", text):  # a value may contain other commas
         name, separator, value = part.strip().partition("=")
         if not (separator and name):
             raise typer.BadParameter(f"{short(part)} is not NAME=VALUE.")
-        if name in ("name", "revision", "device", "trust_remote_code"):
-            raise typer.BadParameter(f"{name} cannot be set with --model-args.")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[name] = {"true": True, "false": False}.get(value, value)
+    return arguments
+
+
+def parse_model_args(text: str | None) -> dict[str, Any] | None:
+    """Return arguments in lm-eval's format, such as ``"device_map=auto,load_in_4bit=True"``."""
+    arguments = parse_arguments(text)
+    for name in ("name", "revision", "device", "trust_remote_code"):
+        if arguments and name in arguments:
+            raise typer.BadParameter(f"{name} cannot be set with --model-args.")
     return arguments
 
 

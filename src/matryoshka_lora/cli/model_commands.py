@@ -20,6 +20,7 @@ from matryoshka_lora.cli.arguments import (
     OutputOption,
     RanksOption,
     RevisionOption,
+    parse_arguments,
     parse_model_args,
     parse_ranks,
 )
@@ -343,7 +344,7 @@ def preview(
         errors=errors.split(",") if errors else (),
         seeds=seed or [0],
         within=within,
-        pipeline_args=parse_model_args(pipeline_args),
+        pipeline_args=parse_arguments(pipeline_args),
         dtype=dtype,
         offload=offload,
         revision=revision,

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,6 +39,16 @@ from matryoshka_lora.units import format_size, parse_share, pluralize
 
 _NO_LORA = "no LoRA"
 _WHOLE_LORA = "whole LoRA"
+_OWN_ARGUMENTS = (
+    "prompt",
+    "generator",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)
+"""The arguments of a pipeline that only `preview` sets."""
+_SSIM_WINDOW = 7
 
 
 @dataclass(frozen=True)
@@ -226,9 +237,10 @@ class Preview:
         """
         sheet, numbers = _check_outputs(path, force)
         text = json.dumps({"created_with": CREATED_WITH, **self.to_dict()}, indent=1)
-        with create_file(sheet, force) as sheet_file, create_file(numbers, force) as numbers_file:
-            sheet_file.write_bytes(self._repr_png_())
-            numbers_file.write_text(f"{text}\n", encoding="utf-8")
+        with create_file(sheet, force) as file:
+            file.write_bytes(self._repr_png_())
+        with create_file(numbers, force) as file:
+            file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def preview(
@@ -284,6 +296,12 @@ def preview(
         raise MatryoshkaError("Pass at least one of `prompts` and one of `seeds`.")
     shares = [f"{100 * parse_share(error):.4g}%" for error in check_list("errors", errors)]
     max_distance = parse_share(within)
+    pipeline_args = dict(pipeline_args or {})
+    reserved = [name for name in _OWN_ARGUMENTS if name in pipeline_args]
+    if reserved:
+        raise MatryoshkaError(
+            f"`pipeline_args` must not contain {', '.join(reserved)}, which `preview` sets itself."
+        )
     if output is not None:
         _check_outputs(output, force)
     if dtype is not None:
@@ -328,7 +346,7 @@ def preview(
                     notes += (note,)
                 drawings[name] = []
                 for prompt, seed in rows:
-                    drawings[name].append(_draw(pipeline, prompt, seed, pipeline_args or {}))
+                    drawings[name].append(_draw(pipeline, prompt, seed, pipeline_args))
                     bar.update()
 
     columns: list[PreviewColumn] = []
@@ -351,13 +369,18 @@ def preview(
         model_name,
         prompts,
         seeds,
-        dict(pipeline_args or {}),
+        pipeline_args,
         max_distance,
         tuple(columns),
         notes,
     )
     if output is not None:
-        result.save(output, force=force)
+        try:
+            result.save(output, force=force)
+        except MatryoshkaError as error:  # the pictures may have taken hours
+            sheet = Path(tempfile.mkdtemp(prefix="matryoshka-"), "sheet.png")
+            result.save(sheet)
+            raise MatryoshkaError(f"{error} The sheet was written to {sheet} instead.") from error
     return result
 
 
@@ -368,11 +391,12 @@ def structural_similarity(picture: Tensor, other: Tensor) -> float:
         picture: Shape (channels, height, width), values from 0 to 1.
         other: A picture of the same shape.
     """
-    mean, other_mean = avg_pool2d(picture, 7, stride=1), avg_pool2d(other, 7, stride=1)
-    unbiased = 49 / 48
-    squares = avg_pool2d(picture**2 + other**2, 7, stride=1)
+    pool = partial(avg_pool2d, kernel_size=_SSIM_WINDOW, stride=1)
+    mean, other_mean = pool(picture), pool(other)
+    unbiased = _SSIM_WINDOW**2 / (_SSIM_WINDOW**2 - 1)
+    squares = pool(picture**2 + other**2)
     variances = unbiased * (squares - mean**2 - other_mean**2)
-    covariance = unbiased * (avg_pool2d(picture * other, 7, stride=1) - mean * other_mean)
+    covariance = unbiased * (pool(picture * other) - mean * other_mean)
     luminance = (2 * mean * other_mean + 0.01**2) / (mean**2 + other_mean**2 + 0.01**2)
     return float((luminance * (2 * covariance + 0.03**2) / (variances + 0.03**2)).mean())
 
@@ -380,7 +404,7 @@ def structural_similarity(picture: Tensor, other: Tensor) -> float:
 def _check_outputs(path: PathLike, force: bool) -> tuple[Path, Path]:
     """Return the PNG file and the JSON file of an output, after checking both."""
     if Path(path).suffix.lower() != ".png":
-        raise MatryoshkaError(f"The output is a PNG file, got {path}. Pass {path}.png.")
+        raise MatryoshkaError(f"The output must be a PNG file such as sheet.png, got {path}.")
     sheet = check_output(path, force, is_file=True)
     return sheet, check_output(sheet.with_suffix(".json"), force, is_file=True)
 
@@ -489,6 +513,11 @@ def _draw(
         raise MatryoshkaError(f"{name} returns neither images nor frames. Pass another pipeline.")
     if len(getattr(output, "images", ())) > 1:
         raise MatryoshkaError("The pipeline draws several pictures. Pass several `seeds` instead.")
+    if min(image.size) < _SSIM_WINDOW:
+        raise MatryoshkaError(
+            f"The pictures have {image.width} x {image.height} pixels, fewer than a window of SSIM "
+            f"({_SSIM_WINDOW} x {_SSIM_WINDOW}). Draw larger ones with `pipeline_args`."
+        )
     return image.convert("RGB"), last["latents"].float().cpu()
 
 
