@@ -773,10 +773,10 @@ MODELS = (
         widths=(3072,),
         aliases=FLUX_ALIASES,
     ),
-    model("Wan", "transformer", wan(), {}, widths=(1536, 5120)),
+    model("Wan", "transformer", wan(), {}, widths=(1536, 3072, 5120)),
     model("Qwen-Image", "transformer", qwen_image(), {}, widths=(3072,)),
     model("Z-Image", "transformer", z_image(), {}, widths=(3840,)),
-    model("Flux.2", "transformer", flux_2(), {}, widths=(4096, 6144)),
+    model("Flux.2", "transformer", flux_2(), {}, widths=(3072, 4096, 6144)),
     model("Lumina Image 2", "transformer", lumina_2(), {}, widths=(2304,)),
     model(
         "HunyuanVideo",

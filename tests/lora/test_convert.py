@@ -177,6 +177,12 @@ ATTENTION = f"{BLOCK}.attn.to_q"
         ({f"{BLOCK}.attn1.to_q": (3072, 3072)}, "kohya", "Mochi and CogVideoX"),
         ({f"{BLOCK}.attn1.to_q": (2048, 2048)}, "kohya", "LTX-2 and Cosmos-Predict2"),
         ({f"{BLOCK}.attn1.to_q": (1920, 1920)}, "kohya", "cannot name"),
+        # Flux.2 klein has this width, too.
+        (
+            {FLUX_QKV: (9216, 3072), "lora_unet_time_in_in_layer": (3072, 256)},
+            "diffusers",
+            "Flux and Flux.2",
+        ),
         ({QKV: (12, 6)}, "diffusers", "rows"),
         ({QKV: (18, 6, 1, 1)}, "diffusers", "several models"),
         # Rows of Flux.2, whose MLP has a gate, with a name that only Flux has.
