@@ -131,6 +131,15 @@ def test_a_peft_folder_has_the_names_of_the_modules_as_targets() -> None:
 
 
 @pytest.mark.parametrize(
+    "module", ["blocks.0.attn1.to_q", "layers.0.attention.to_q", "layers.0.attn.to_out.0"]
+)
+def test_a_folder_becomes_the_file_that_it_was(module: str) -> None:
+    """Wan, Z-Image and Lumina 2, whose blocks have the names of other libraries."""
+    lora = lora_of(f"transformer.{module}")
+    assert names_of(convert(convert(lora, "peft"), "diffusers")) == names_of(lora)
+
+
+@pytest.mark.parametrize(
     ("modules", "key_format", "keyword"),
     [
         (["blocks.0.q"], "diffusers", r"blocks\.0\.q"),

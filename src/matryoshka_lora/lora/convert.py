@@ -64,6 +64,8 @@ _PARTS = {
     **dict.fromkeys(("joint_transformer_blocks", "double_stream_blocks"), "transformer"),
     "single_stream_blocks": "transformer",
 }
+# Attention of Wan, Z-Image and Lumina 2. Models of other libraries have blocks and layers, too.
+_ATTENTION = re.compile(r"blocks\.\d+\.attn[12]\.|layers\.\d+\.(attention|attn)\.to_")
 # Optional parts of the names of models that are not known: kohya's prefixes, and a level of CLIP.
 _OPTIONAL_NAME_PARTS = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
 # The names of blocks for a model's authors, and in diffusers.
@@ -175,8 +177,8 @@ def part_of_pipeline(lora: Lora) -> str | None:
         return None
     names = [layer.name for layer in lora.layers]
     parts = {_PARTS.get(name.partition(".")[0]) for name in names}
-    if any(name.startswith("blocks.") and ".attn1." in name for name in names):
-        parts.add("transformer")  # Wan, and not one of other libraries
+    if any(_ATTENTION.match(name) for name in names):
+        parts.add("transformer")
     parts.discard(None)  # a projection before the blocks may have any name
     return parts.pop() if len(parts) == 1 else None
 
