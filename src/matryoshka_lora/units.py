@@ -35,16 +35,19 @@ def parse_share(share: str | float) -> float:
     return value
 
 
-def parse_size(size: str | float) -> int:
+def parse_size(size: str | float, whole: int | None = None) -> int:
     """Return a number of bytes.
 
     Args:
         size: Bytes, or a string such as ``"50MB"``, ``"1.5 GB"`` or ``"20MiB"``. k, M and G are
             powers of 1000, and Ki, Mi and Gi of 1024.
+        whole: The bytes of which ``size`` may be a percentage, such as ``"25%"``.
 
     Raises:
         MatryoshkaError: It is not a positive size.
     """
+    if whole is not None and "%" in str(size):
+        return int(parse_share(size) * whole)
     value: float = 0
     if isinstance(size, (int, float)) and not isinstance(size, bool):
         value = size

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import transformers
 from helpers.models import tiny_llama
 from helpers.outputs import names_in
 from helpers.plain_peft import best, by_peft, distance, logits, plain_adapter, updates
-from helpers.single_files import read_ranks, read_updates, save_pairs
+from helpers.single_files import read_ranks, read_updates, save_pairs, save_random_lora
 from helpers.tiny_chat import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -91,6 +92,7 @@ def weights_size(folder: Path) -> int:
         ("lora", "x", {"error": "0%"}, "share"),
         ("lora", "x", {"error": "10%", "keep": "90%"}, "both"),
         ("lora", "x", {"max_bytes": 0}, "size"),
+        ("lora", "x", {"max_bytes": "120%"}, "share"),
         ("lora", "x", {"rank": 9}, "from 1 to 8.*pad"),
         ("lora", "x", {"rank": 0}, "rank"),
         ("lora", "x", {"rank": 9, "format": "ladder"}, "from 1 to 8"),
@@ -145,6 +147,25 @@ def test_the_result_reports_sizes_and_the_error(lora: Path, tmp_path: Path) -> N
     total = sum(np.sum(update**2) for update in source_updates)
     assert result.errors == {4: pytest.approx(np.sqrt(missing / total), rel=1e-6)}
     assert result.notes == ()
+
+
+@pytest.mark.parametrize(("share", "options"), [("70%", {}), (" 45.5 %", {"dtype": "bf16"})])
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_a_size_may_be_a_share_of_the_source(
+    lora: Path, tmp_path: Path, suffix: str, share: str, options: Any
+) -> None:
+    path, file = lora, lora / WEIGHTS_NAME
+    if suffix:
+        path = file = tmp_path / "single.safetensors"
+        save_random_lora(path, {"a": (600, 80), "b": (90, 500)}, has_alpha=True)
+    limit = int(float(share.strip(" %")) / 100 * file.stat().st_size)
+    result = export(path, tmp_path / f"small{suffix}", max_bytes=share, **options)
+    sized = export(path, tmp_path / f"sized{suffix}", max_bytes=limit, **options)
+    assert result.ranks == sized.ranks
+    assert result.size_after <= limit < result.size_before
+    # An adapter in memory has no file yet.
+    whole = replace(ml.open(path), files=())
+    assert whole.truncate(max_bytes=share).file_size <= limit
 
 
 # Formats of a PEFT folder.

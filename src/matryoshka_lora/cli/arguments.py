@@ -82,6 +82,13 @@ MaxBytesOption = Annotated[
         "error."
     ),
 ]
+MaxBytesOrShareOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Maximum output size, such as 50MB, or 25% of the source; layer ranks are chosen to "
+        "minimize the total error."
+    ),
+]
 ForVllmOption = Annotated[
     bool,
     typer.Option(

@@ -112,8 +112,9 @@ def truncate(
             the smallest rank that keeps it.
         error: The maximum relative error over all layers, such as ``"10%"`` or ``0.1``, relative to
             this LoRA. The layers get the ranks that reach it with few parameters.
-        max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
-            ranks that keep most of the update.
+        max_bytes: The maximum size of the weights file, such as ``"50MB"``, or ``"25%"`` of the
+            weights that this LoRA was read from; of an adapter in memory, of the file that `save`
+            would write. The layers get the ranks that keep most of the update.
 
     If examples have weighted the order, ``keep``, ``error`` and ``max_bytes`` use the weighted
     values in place of the singular values, and ``error`` is the weighted error.
@@ -134,7 +135,7 @@ def truncate(
         raise MatryoshkaError("Pass `keep` or `error`, not both.")
     share = None if keep is None else parse_share(keep)
     max_error = None if error is None else parse_share(error)
-    max_size = None if max_bytes is None else parse_size(max_bytes)
+    max_size = None if max_bytes is None else parse_size(max_bytes, lora.size or lora.file_size)
     if not lora.can_choose_ranks:
         raise MatryoshkaError(
             f"{lora.name}: `keep`, `error` and `max_bytes` need factors that are ordered by "

@@ -52,8 +52,8 @@ class ExportOptions(TypedDict, total=False):
             what the output misses over the norm of the update. The layers get the ranks that reach
             it with few parameters, so the file is usually smaller than with ``keep``. If examples
             have weighted the order, it is the weighted error.
-        max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
-            ranks that keep most of the update.
+        max_bytes: The maximum size of the weights file, such as ``"50MB"``, or ``"25%"`` of the
+            source's weights. The layers get the ranks that keep most of the update.
         for_vllm: Whether all layers get one rank: the smallest one with at most ``error``, rounded
             up to a ``--max-lora-rank`` of vLLM. vLLM reserves as much memory as the largest layer
             needs.
@@ -397,7 +397,7 @@ def _check_request(
         if share is not None:
             parse_share(share)
     if max_bytes is not None:
-        parse_size(max_bytes)
+        parse_size(max_bytes, whole=1)  # a size or a percentage, whatever the source's size is
         if not is_lora:
             raise MatryoshkaError(
                 f"The size of format {output_format.name!r} is not known in advance. Pass `rank` "
