@@ -138,3 +138,47 @@ def test_mlx_lm_computes_what_pytorch_does(tmp_path: Path, model_type: str) -> N
         assert np.abs(result - expected).max() < tolerance, name
         if name != "base":  # the adapter has an effect, so the agreement is not by chance
             assert np.abs(expected - jobs.expected["base"]).max() > 0.1, name
+
+
+NEW_ADAPTER = """
+import sys
+from pathlib import Path
+import mlx.core as mx, mlx_lm
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import save_config
+base, folder = sys.argv[1], Path(sys.argv[2])
+model, _ = mlx_lm.load(base)
+parameters = {"rank": 4, "scale": 3.0, "dropout": 0.0}
+model.freeze()
+linear_to_lora_layers(model, 1, parameters)
+folder.mkdir()
+weights = {
+    name: 0.1 * mx.random.normal(weight.shape)
+    for name, weight in tree_flatten(model.trainable_parameters())
+}
+mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+config = {"model": base, "num_layers": 1, "lora_parameters": parameters}
+save_config(config, folder / "adapter_config.json")
+"""
+
+
+def test_an_adapter_of_mlx_lm_is_read(tmp_path: Path) -> None:
+    """PEFT computes the same with it, and a smaller rank goes back to mlx-lm."""
+    base, trained = tmp_path / "base", tmp_path / "trained"
+    save_base_model("llama", base)
+    subprocess.run([str(PYTHON), "-c", NEW_ADAPTER, str(base), str(trained)], check=True)
+    jobs = MlxJobs(tmp_path)
+    jobs.add("base", tiny_model("llama"), base)
+    for rank, mlx_folder in ((4, trained), (2, tmp_path / "mlx-2")):
+        peft_folder = tmp_path / f"peft-{rank}"
+        export(trained, peft_folder, rank)
+        if rank < 4:
+            export(trained, mlx_folder, rank, format="mlx")
+        peft_model = PeftModel.from_pretrained(tiny_model("llama"), peft_folder)
+        jobs.add(f"rank {rank}", peft_model, base, mlx_folder)
+    for name, result in jobs.run().items():
+        expected = jobs.expected[name]
+        assert np.abs(result - expected).max() < 1e-4, name
+        if name != "base":
+            assert np.abs(expected - jobs.expected["base"]).max() > 0.1, name

@@ -16,7 +16,8 @@ LoraArgument = Annotated[
     Path,
     typer.Argument(
         metavar="LORA",
-        help="A PEFT folder, a .safetensors file, or owner/name on the Hugging Face Hub.",
+        help="A folder of PEFT or mlx-lm, a .safetensors file, or owner/name on the Hugging Face "
+        "Hub.",
     ),
 ]
 AdapterArgument = Annotated[

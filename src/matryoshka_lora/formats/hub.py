@@ -37,6 +37,7 @@ SMALL_FOLDER = "small"
 ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
+    "adapters.safetensors",  # of mlx-lm
     f"{SMALL_FOLDER}/adapter_config.json",
     f"{SMALL_FOLDER}/adapter_model.safetensors",
     CARD_NAME,

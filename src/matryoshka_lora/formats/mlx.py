@@ -1,4 +1,4 @@
-"""Write a LoRA for mlx-lm."""
+"""Folders of mlx-lm: ``adapters.safetensors`` and mlx-lm's own ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,78 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.formats.peft_folder import CONFIG_NAME
+from matryoshka_lora.errors import MatryoshkaError, short
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME, find_layers
 from matryoshka_lora.formats.runtimes import name_in_block, read_base_config
-from matryoshka_lora.formats.safetensors_io import create_safetensors, error_metadata
-from matryoshka_lora.lora.layer import TensorInfo
+from matryoshka_lora.formats.safetensors_io import (
+    create_safetensors,
+    error_metadata,
+    open_safetensors,
+    pop_error,
+    read_json,
+)
+from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
+from matryoshka_lora.lora.layer import StoredTensor, TensorInfo
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import Written
 from matryoshka_lora.lora.truncate import with_ranks
 from matryoshka_lora.registry import Target
+
+WEIGHTS_NAME = "adapters.safetensors"
+
+
+def read(folder: Path, name: str) -> Lora:
+    """Open a folder that mlx-lm has saved, as the LoRA of a PEFT folder.
+
+    Args:
+        folder: The folder.
+        name: The name in messages.
+
+    Raises:
+        MatryoshkaError: The folder is not a LoRA of linear layers, or is damaged.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    fine_tune_type = config.get("fine_tune_type", "lora")
+    if fine_tune_type != "lora":
+        raise MatryoshkaError(
+            f"{name} has fine_tune_type={short(fine_tune_type)}, and only 'lora' can be truncated. "
+            "Fuse it into the model with mlx_lm.fuse."
+        )
+    stored, metadata = open_safetensors(folder / WEIGHTS_NAME)
+    tensors: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        module, _, factor = key.rpartition(".")
+        is_linear = len(tensor.shape) == 2 and "embed" not in module
+        if factor not in ("lora_a", "lora_b") or not is_linear:
+            raise MatryoshkaError(
+                f"{name} contains {short(key)}, of shape {list(tensor.shape)}. Only factors of "
+                "linear layers can be read. Fuse it into the model with mlx_lm.fuse."
+            )
+        suffix = DIFFUSERS_SUFFIXES.A if factor == "lora_a" else DIFFUSERS_SUFFIXES.B
+        tensors[PEFT_PREFIX + module + suffix] = tensor.transposed()
+    try:
+        rank = config["lora_parameters"]["rank"]
+        alpha = rank * config["lora_parameters"]["scale"]
+    except (LookupError, TypeError) as error:
+        raise MatryoshkaError(
+            f"{name}: the {CONFIG_NAME} has no rank and scale in lora_parameters. Copy it again."
+        ) from error
+    peft_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.get("model"),
+        "r": rank,
+        "lora_alpha": alpha,
+    }
+    layers, _ = find_layers(tensors, peft_config, name)
+    peft_config["target_modules"] = [layer.name for layer in layers]
+    return Lora(
+        name,
+        layers,
+        config=peft_config,
+        files=(folder / WEIGHTS_NAME,),
+        original_error=pop_error(metadata),
+    )
 
 
 def write(lora: Lora, folder: Path, target: Target) -> Written:
@@ -39,7 +103,7 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
         tensors[f"{layer.name}.lora_a"] = TensorInfo(layer.dtype, layer.shape_A[::-1])
         tensors[f"{layer.name}.lora_b"] = TensorInfo(layer.dtype, layer.shape_B[::-1])
     written = Written(lora.ranks)
-    file = folder / "adapters.safetensors"
+    file = folder / WEIGHTS_NAME
     with create_safetensors(file, tensors, error_metadata()) as writer:
         for layer, factors in written.compute(lora):
             writer.write(f"{layer.name}.lora_a", factors.A.T)

@@ -1,4 +1,4 @@
-"""Open a LoRA: a PEFT folder or a single file."""
+"""Open a LoRA: a folder of PEFT or of mlx-lm, or a single file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, short
-from matryoshka_lora.formats import peft_folder, single_file
+from matryoshka_lora.formats import mlx, peft_folder, single_file
 from matryoshka_lora.formats.hub import local_path
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME, FOR_LANGUAGE_MODELS
 from matryoshka_lora.lora.lora import Lora
@@ -18,8 +18,8 @@ def open_lora(path: PathLike, *, revision: str | None = None, alpha: float | Non
     """Open a LoRA. Its factors are read when they are used.
 
     Args:
-        path: A folder that PEFT has saved, a single ``.safetensors`` file, or the id of either on
-            the Hugging Face Hub: ``owner/name`` or ``owner/name/file.safetensors``.
+        path: A folder that PEFT or mlx-lm has saved, a single ``.safetensors`` file, or the id of
+            either on the Hugging Face Hub: ``owner/name`` or ``owner/name/file.safetensors``.
         revision: Branch, tag or commit on the Hub; ignored for a path.
         alpha: The alpha of each layer, for a single file that does not contain it.
 
@@ -34,6 +34,9 @@ def open_lora(path: PathLike, *, revision: str | None = None, alpha: float | Non
         return single_file.read(resolved, alpha)
     if alpha is not None:
         raise MatryoshkaError(f"{path} is a folder, whose config has the alpha. Omit `alpha`.")
+    is_of_peft = (resolved / peft_folder.WEIGHTS_NAME).exists()
+    if not is_of_peft and (resolved / mlx.WEIGHTS_NAME).is_file():
+        return mlx.read(resolved, name=str(path))
     return peft_folder.read(resolved, name=str(path))
 
 

@@ -65,6 +65,10 @@ class StoredTensor(TensorInfo):
             return self
         return StoredTensor(BFLOAT16, self.shape, lambda: self.read().astype(BFLOAT16))
 
+    def transposed(self) -> StoredTensor:
+        """Return the transpose of a matrix."""
+        return StoredTensor(self.dtype, self.shape[::-1], lambda: self.read().T)
+
     @property
     def is_float(self) -> bool:
         """Whether the dtype is a floating one of at least 16 bits."""

@@ -210,8 +210,8 @@ def export(
     It is a composition of the verbs of `Lora`: drop, scale, pad, cast, convert, truncate, save.
 
     Args:
-        source: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
-            LoRA.
+        source: A folder of PEFT or mlx-lm, a single ``.safetensors`` file, the Hub id of either, or
+            an opened LoRA.
         output: The folder or file to write.
         rank: The rank; with ``keep``, ``error`` or ``max_bytes``, an upper bound. For a ladder, one
             or several ranks; defaults to the nested ones.
