@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matryoshka_lora.errors import MissingDependencyError as MissingDependencyError
     from matryoshka_lora.errors import NotFiniteError as NotFiniteError
     from matryoshka_lora.evaluation.evaluate import evaluate as evaluate
+    from matryoshka_lora.evaluation.folder import FolderEvaluation as FolderEvaluation
+    from matryoshka_lora.evaluation.folder import evaluate_folder as evaluate_folder
     from matryoshka_lora.evaluation.preview import Preview as Preview
     from matryoshka_lora.evaluation.preview import preview as preview
     from matryoshka_lora.evaluation.results import Evaluation as Evaluation
@@ -55,6 +57,7 @@ _MODULES = {
     "ExportResult": "operations.export",
     "ExtractResult": "extraction.extract",
     "Factors": "lora.layer",
+    "FolderEvaluation": "evaluation.folder",
     "FolderInfo": "operations.info",
     "Layer": "lora.layer",
     "LayerInfo": "operations.info",
@@ -75,6 +78,7 @@ _MODULES = {
     "aurac": "evaluation.results",
     "combine": "operations.combine",
     "evaluate": "evaluation.evaluate",
+    "evaluate_folder": "evaluation.folder",
     "export": "operations.export",
     "export_folder": "operations.export",
     "extract": "extraction.extract",

@@ -515,6 +515,21 @@ def test_each_verb_prints_a_next_command_that_works(workspace: Path, run: Run) -
     code, _, stderr = run(words)
     assert code == 0, stderr
 
+    for name in ("a", "b"):
+        shutil.copytree("run/adapter", Path("loras", name))
+    code, stdout, stderr = run("eval loras --data held-out.jsonl")
+    assert code == 0, stderr
+    assert "Evaluating b, 2 of 2" in stderr
+    words = shlex.split(stdout.splitlines()[-1].removeprefix("Next: matryoshka "))
+    assert words[:2] == ["export", "loras"]
+    code, stdout, stderr = run(words)
+    assert code == 0, stderr
+    assert "not a LoRA" not in stdout  # of the folders of the evaluations
+    code, _, stderr = run("eval loras --data held-out.jsonl")
+    assert code == 1
+    assert "--force" in stderr
+    assert "`" not in stderr  # also in the log, parameters are written as options
+
 
 def test_train_ranks_and_extract(workspace: Path, run: Run) -> None:
     save_tiny_chat(workspace / "base")

@@ -436,6 +436,8 @@ def folder(tmp_path: Path) -> Path:
     save_single_file(folder / "single.SAFETENSORS")
     (folder / "notes.txt").write_text("not a LoRA")
     plain_adapter(folder / "nested" / "another")
+    (folder / "large-evaluation").mkdir()
+    (folder / "large-evaluation" / "evaluation.json").write_text("{}")
     return folder
 
 

@@ -73,9 +73,7 @@ def main() -> None:
         with optional_imports():
             app()
     except (MatryoshkaError, OSError, MemoryError) as error:
-        # The parameters of `train` are keys of its YAML file.
-        options = set() if sys.argv[1:2] == ["train"] else _option_names()
-        print(f"error: {with_flags(str(error), options)}", file=sys.stderr)
+        print(f"error: {_with_options(str(error))}", file=sys.stderr)
         sys.exit(1)
     except StoppedError as stop:
         print(f"Stopped. {stop}", file=sys.stderr)
@@ -90,7 +88,7 @@ class _LineFormatter(logging.Formatter):
     """Escapes control characters: a message may hold a name from a file."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(_with_options(super().format(record)))
 
 
 def _configure_libraries() -> None:
@@ -118,12 +116,15 @@ def _configure_libraries() -> None:
     warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config")
 
 
-def _option_names() -> set[str]:
-    """Return the Python names of the options of all commands, such as ``"max_bytes"``."""
+def _with_options(message: str) -> str:
+    """Return a message with its parameters written as the options of the commands."""
+    if sys.argv[1:2] == ["train"]:
+        return message  # they are keys of its YAML file
     commands = typer.main.get_group(app).commands.values()
-    return {
+    options = {
         str(parameter.name)
         for command in commands
         for parameter in command.params
         if parameter.param_type_name == "option"
     }
+    return with_flags(message, options)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,9 +32,13 @@ from matryoshka_lora.cli.terminal import (
     print_loading,
     print_next,
     revision_option,
+    with_flags,
 )
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
 from matryoshka_lora.registry import DtypeName
+
+if TYPE_CHECKING:
+    from matryoshka_lora.evaluation.folder import EvaluateOptions, FolderEvaluation
 
 
 def demo(
@@ -156,7 +161,13 @@ def train_ranks(
 
 
 def evaluate(
-    adapter: AdapterArgument,
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="A PEFT folder, a folder of them, or owner/name on the Hugging Face Hub.",
+        ),
+    ],
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness or YAML files, separated by commas."),
@@ -164,7 +175,9 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            exists=True, help="Instead of tasks, a .jsonl file of examples, as for training."
+            exists=True,
+            help="Instead of tasks, a .jsonl file of examples, as for training. For a folder of "
+            "adapters, a file for all, or a folder with NAME.jsonl for each.",
         ),
     ] = None,
     ranks: Annotated[
@@ -196,35 +209,53 @@ def evaluate(
             "--output", "-o", help="Path of the folder to write.", show_default="ADAPTER-evaluation"
         ),
     ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad", help="For a folder: leave out the adapters that cannot be evaluated."
+        ),
+    ] = False,
     force: ForceOption = False,
 ) -> None:
     """Evaluate an adapter of a causal language model at several ranks, and the model without it.
 
     Prompts and scoring come from lm-evaluation-harness. Prints a table, and writes the numbers, the
-    answers and a plot.
+    answers and a plot. If ADAPTER is a folder of adapters, each of them is evaluated, and the table
+    has their ranks.
 
     Example: matryoshka eval runs/my/adapter --tasks arc_easy,hellaswag --limit 200
+
+    Example: matryoshka eval loras --data held-out
     """
     from matryoshka_lora import evaluate as run_evaluate
+    from matryoshka_lora import evaluate_folder
     from matryoshka_lora.evaluation.evaluate import default_output
+    from matryoshka_lora.formats.open import find_loras
 
-    output = output or default_output(adapter)
+    rank_list: Sequence[int] | Literal["all"] | None
+    rank_list = "all" if ranks == "all" else parse_ranks(ranks)
+    options: EvaluateOptions = {
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "dtype": dtype,
+        "model_args": parse_model_args(model_args),
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "max_batch_tokens": max_batch_tokens,
+        "force": force,
+    }
     print_loading()
+    if find_loras(adapter):
+        result = evaluate_folder(
+            adapter, tasks, data, rank_list, output=output, skip_bad=skip_bad, **options
+        )
+        if is_main_process():
+            typer.echo(with_flags(str(result), {"force", "metric"}))
+            _print_next_of_folder(adapter, result)
+        return
+    output = output or default_output(adapter)
     evaluation = run_evaluate(
-        adapter,
-        tasks,
-        data,
-        "all" if ranks == "all" else parse_ranks(ranks),
-        output=output,
-        base_model=base_model,
-        base_revision=base_revision,
-        revision=revision,
-        dtype=dtype,
-        model_args=parse_model_args(model_args),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        max_batch_tokens=max_batch_tokens,
-        force=force,
+        adapter, tasks, data, rank_list, output=output, revision=revision, **options
     )
     if not is_main_process():
         return
@@ -233,6 +264,17 @@ def evaluate(
         f"Written to {output}: evaluation.json, examples.jsonl with the answers, and curve.png"
     )
     print_next("select", output, "--within", "1%")
+
+
+def _print_next_of_folder(folder: Path, result: FolderEvaluation) -> None:
+    ranks = result.selected_ranks
+    if not ranks:
+        return  # the table says why
+    rank = max(ranks.values())  # a server has one rank for all
+    if rank < max(value.ranks[-1] for value in result.evaluations.values()):
+        print_next("export", folder, "--rank", rank, "-o", f"{folder.resolve().name}-{rank}")
+    else:
+        print_next("serve", folder, *["--skip-bad"] * bool(result.failed), "--dry-run")
 
 
 def select(

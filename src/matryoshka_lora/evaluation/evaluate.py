@@ -21,7 +21,7 @@ from matryoshka_lora.lora.lora import Lora
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from matryoshka_lora.evaluation.tasks import HarnessResults
     from matryoshka_lora.peft.adapter import NestedAdapter
@@ -37,6 +37,7 @@ def evaluate(
     *,
     output: PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
     revision: str | None = None,
@@ -71,6 +72,9 @@ def evaluate(
             and to no folder for an adapter in memory.
         tokenizer: The base model's tokenizer. Defaults to the one saved with the adapter, or
             otherwise the base model's.
+        model: The base model of an adapter on disk, if it is loaded already: one after the other,
+            many adapters may use it. The adapter is removed from it at the end. Defaults to loading
+            it with ``dtype`` and ``model_args``.
         base_model: The base model's folder or Hub id. Defaults to the one that the adapter names.
         base_revision: The base model's revision on the Hugging Face Hub.
         revision: The adapter's revision on the Hugging Face Hub.
@@ -100,6 +104,11 @@ def evaluate(
     ranks = lora.check_ranks(available_ranks if ranks == "all" else ranks)
     if output is None and nested is None:
         output = default_output(lora.name)
+    if model is not None and not is_removable(lora):
+        raise MatryoshkaError(
+            f"{lora.name} replaces weights of the base model, so `model` would be another one "
+            "afterwards. Omit `model`."
+        )
     if nested is None or tokenizer is None:
         base_model, base_revision = base_model_of(lora, base_model, base_revision)
     task_list = tasks.split(",") if isinstance(tasks, str) else tasks or ()
@@ -140,9 +149,11 @@ def evaluate(
         "model_args": {name: str(value) for name, value in (model_args or {}).items()},
         "limit": limit,
     }
+    is_given = model is not None
     if nested is None:
-        options = {"dtype": dtype, **(model_args or {})}
-        model = load_model(base_model, revision=base_revision, **options)
+        if model is None:
+            options = {"dtype": dtype, **(model_args or {})}
+            model = load_model(base_model, revision=base_revision, **options)
         nested = load(model, lora.files[0].parent)
     settings["dtype"] = str(nested.model.dtype).removeprefix("torch.")
     evaluation = Evaluation(
@@ -150,6 +161,8 @@ def evaluate(
     )
     lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
     with restored_modes(nested.model), ExitStack() as stack:
+        if is_given:
+            stack.callback(nested.model.unload)
         stack.callback(nested.set_rank, nested.rank)
         lm = ManyRanksLM(nested, tokenizer, lm_ranks, max_batch_tokens, progress)
         if any(isinstance(e, Mapping) and not isinstance(e.get("prompt"), str) for e in examples):
@@ -199,6 +212,11 @@ def default_output(adapter: PathLike) -> Path:
     if not path.exists():
         path = Path(path.name)
     return Path(f"{path}-evaluation")
+
+
+def is_removable(lora: Lora) -> bool:
+    """Return whether PEFT can remove an adapter from a model: it has no weights beside LoRA's."""
+    return not lora.other_tensors and not lora.config.get("layer_replication")
 
 
 def _open(

@@ -477,7 +477,11 @@ def export_folder(
         raise MatryoshkaError(f"{short(pattern)} matches no layer of the LoRAs in {source}.")
 
     entries = sorted(Path(source).iterdir())  # before the output, which may be in the source
-    skipped = tuple(entry.name for entry in entries if entry.is_dir() and entry not in paths)
+    skipped = tuple(
+        entry.name
+        for entry in entries
+        if entry.is_dir() and entry not in paths and not (entry / "evaluation.json").exists()
+    )
     sources: list[PathLike] = [*paths]
     for lora in loras.values():
         sources += lora.sources

@@ -100,6 +100,16 @@ def load_model(
     return model.to(device)
 
 
+def check_model(name: str, revision: str | None = None) -> None:
+    """Raise MatryoshkaError if the config of a model cannot be loaded. See `load_model`."""
+    from transformers import AutoConfig
+
+    with _wrap_loading_errors("config", name):
+        AutoConfig.from_pretrained(
+            resolve_model_path(name, revision), revision=revision or "main", trust_remote_code=False
+        )
+
+
 def _check_memory(folder: Path, dtype: torch.dtype | str, device: torch.device) -> None:
     """Raise MatryoshkaError if the weights of a model do not fit into the memory of a device.
 
