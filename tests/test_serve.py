@@ -176,6 +176,25 @@ def test_each_bad_adapter_of_a_folder_is_named_and_may_be_skipped(
         serve(folder, skip_bad=True, dry_run=True)
 
 
+def test_a_tie_of_base_models_is_decided_by_the_first_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = {"model.layers.0.self_attn.q_proj": (8, 8)}
+    save_adapter(tmp_path / "loras" / "a", layers, 4, "some/base")
+    save_adapter(tmp_path / "loras" / "b", layers, 4, "other/base")
+    (server,) = dry_run(tmp_path / "loras", skip_bad=True)
+    assert values_of(server, "--model") == ["some/base"]
+    assert "a decides" in caplog.text
+    caplog.clear()
+    # The revision main is the default, so this is a majority.
+    save_adapter(tmp_path / "loras" / "c", layers, 4, "other/base", revision="main")
+    (server,) = dry_run(tmp_path / "loras", skip_bad=True)
+    assert values_of(server, "--model") == ["other/base"]
+    assert modules_of(server).keys() == {"b", "c"}
+    assert not any(word.startswith("--revision") for word in server)
+    assert "decides" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("modules", "expected"),
     [
@@ -210,6 +229,9 @@ def test_a_folder_of_ladders_is_served(tmp_path: Path) -> None:
         f"{name}@4": str(tmp_path / "ladders" / name / f"{name}@4")
         for name in ("style-a", "style-b")
     }
+    shutil.copytree(tmp_path / "ladders" / "style-a", tmp_path / "ladders" / "style-c")
+    with pytest.raises(MatryoshkaError, match="same name"):
+        dry_run(tmp_path / "ladders", base_model="some/base", ranks=[4])
 
 
 FAKE_VLLM = """

@@ -17,6 +17,7 @@ from research.blocks import (
     repeat,
     results,
     searches,
+    serve,
 )
 from research.blocks.shared import BLOCKS
 
@@ -32,4 +33,5 @@ __all__ = [
     "repeat",
     "results",
     "searches",
+    "serve",
 ]

@@ -22,6 +22,7 @@ from matryoshka_lora.formats.open import find_loras, open_adapter
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME, base_model_of
 from matryoshka_lora.formats.vllm import (
     MAX_LORA_RANKS,
+    MAX_LORAS,
     check_for_vllm,
     round_up_to_vllm,
     select_for_vllm,
@@ -32,9 +33,6 @@ from matryoshka_lora.nesting import check_ranks
 from matryoshka_lora.units import pluralize
 
 logger = logging.getLogger(__name__)
-
-_MAX_LORAS = 8
-"""Upper limit for --max-loras."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,13 @@ def serve(
     served_ranks: tuple[int, ...] = ()
     if folders:
         folders = _select_ranks(folders, ranks)
+        folder_by_name = {folder.name: folder for folder in folders}
+        for folder in folders:
+            if folder_by_name[folder.name] != folder:
+                raise MatryoshkaError(
+                    f"{folder} and {folder_by_name[folder.name]} have the same name, and requests "
+                    "name it. Rename one of them."
+                )
         adapter_by_folder = _open_all(folders, base_model, base_revision, skip_bad)
         folders, adapters = list(adapter_by_folder), list(adapter_by_folder.values())
         max_rank = max(adapter.max_rank for adapter in adapters)
@@ -220,8 +225,8 @@ def _server_arguments(folders: Sequence[Path], max_rank: int, modules: Sequence[
     arguments += ["--max-lora-rank", str(round_up_to_vllm(max_rank))]
     if modules:
         arguments += ["--lora-target-modules", *modules]
-    arguments += ["--max-loras", str(min(_MAX_LORAS, len(folders)))]
-    if len(folders) > _MAX_LORAS:
+    arguments += ["--max-loras", str(min(MAX_LORAS, len(folders)))]
+    if len(folders) > MAX_LORAS:
         # Otherwise the server reloads an adapter that it has evicted from memory.
         arguments += ["--max-cpu-loras", str(len(folders))]
     # In JSON, because a name may contain "=" or a comma.

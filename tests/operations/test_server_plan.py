@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.many_adapters import save_adapter
 
 import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError, export_folder, info, info_folder
+from matryoshka_lora.units import format_size
 
 HIDDEN, KEY_VALUE, BLOCKS = 64, 32, 3
 RANKS = {"a": 4, "b": 12, "c": 24, "d": 30}
@@ -46,6 +48,11 @@ def test_the_plan_has_the_smallest_ranks_and_export_follows_it(
     # vLLM fuses queries, keys and values, so a slot has keys too.
     per_rank = 2 * BLOCKS * (2 * HIDDEN + 2 * (HIDDEN + KEY_VALUE))
     assert plan.slot_sizes == {rank: rank * per_rank for rank in sorted(set(plan.ranks.values()))}
+    rows = {line.split()[0]: line.split()[1:3] for line in plan.to_lines()[2:-2]}
+    assert rows == {
+        str(rank): [format_size(size), format_size(len(RANKS) * size)]
+        for rank, size in plan.slot_sizes.items()
+    }
     assert plan.larger(8) == [name for name, rank in plan.ranks.items() if rank > 8]
 
 
@@ -56,6 +63,10 @@ def test_the_memory_of_unknown_modules_is_not_guessed(folder: Path) -> None:
     assert set(plan.slot_sizes.values()) == {None}
 
 
-def test_a_rank_for_vllm_needs_an_error(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(MatryoshkaError, match="error"):
-        ml.export(folder / "a", tmp_path / "small", rank=2, for_vllm=True)
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 2}, {"error": "10%", "max_bytes": "1MB"}], ids=str
+)
+def test_a_rank_for_vllm_needs_an_error(options: Any, folder: Path, tmp_path: Path) -> None:
+    for export, source in ((ml.export, folder / "a"), (export_folder, folder)):
+        with pytest.raises(MatryoshkaError, match=r"for_vllm.*error"):
+            export(source, tmp_path / "small", for_vllm=True, **options)  # type: ignore[operator]

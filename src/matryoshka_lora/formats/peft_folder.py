@@ -232,7 +232,7 @@ def _read_scores(saved: Mapping[str, Any]) -> Scores:
 def base_model_of(
     lora: Lora, base_model: str | None = None, base_revision: str | None = None
 ) -> tuple[str, str | None]:
-    """Return the base model of a LoRA and its revision.
+    """Return the base model of a LoRA and its revision, which is None for the default, ``main``.
 
     Args:
         lora: The LoRA, of a PEFT folder.
@@ -260,7 +260,7 @@ def base_model_of(
         )
     if base_revision is None and base_model is None:
         base_revision = lora.config.get("revision")
-    return str(name), base_revision
+    return str(name), None if base_revision == "main" else base_revision
 
 
 # Writing

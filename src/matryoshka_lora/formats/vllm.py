@@ -13,6 +13,9 @@ from matryoshka_lora.lora.lora import Lora
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for ``--max-lora-rank``."""
 
+MAX_LORAS = 8
+"""The largest ``--max-loras`` that `serve` asks for: a slot for each adapter, up to this number."""
+
 # The modules that have the same names in vLLM's models, or are fused there. Others, such as the
 # ones of experts, have other names there, and a name that vLLM does not find is not an error.
 _FUSED_MODULES = (
@@ -46,7 +49,7 @@ def select_for_vllm(
 ) -> tuple[dict[str, Lora], dict[str, str]]:
     """Return the adapters that one server can serve, and why it cannot serve the others, by name.
 
-    A server has one base model: the one that most adapters name.
+    A server has one base model: the one that most adapters name, or of several the first one's.
 
     Args:
         loras: PEFT folders by name.
@@ -62,11 +65,18 @@ def select_for_vllm(
         except MatryoshkaError as error:
             problems[name] = str(error)
     if base_models:
-        expected = Counter(base_models.values()).most_common(1)[0][0]
+        counts = Counter(base_models.values())
+        expected = counts.most_common(1)[0][0]  # of several, the first one
         for name, actual in base_models.items():
             if actual != expected:
                 models = [" at ".join(filter(None, model)) for model in (actual, expected)]
                 problems[name] = f"Its base model is {models[0]}, and the server's is {models[1]}."
+                if counts[actual] == counts[expected]:
+                    first = next(other for other in base_models if base_models[other] == expected)
+                    problems[name] += (
+                        f" As many adapters name each, so {first} decides. Serve a folder for each "
+                        "base model."
+                    )
     return {name: lora for name, lora in loras.items() if name not in problems}, problems
 
 

@@ -268,7 +268,9 @@ def _export(
 
     changes_ranks = any(value is not None for value in (rank, keep, error, max_bytes))
     has_other_change = bool(key_format or dtype or drop or scale)
-    _check_request(output_format, rank, keep, error, max_bytes, pad, dtype, has_other_change)
+    _check_request(
+        output_format, rank, keep, error, max_bytes, for_vllm, pad, dtype, has_other_change
+    )
 
     changed = lora
     if drop:
@@ -280,8 +282,7 @@ def _export(
     if dtype is not None:
         changed = changed.cast(dtype)
     if for_vllm:
-        if error is None or not keep is max_bytes is None:
-            raise MatryoshkaError("`for_vllm=True` needs `error`, and no `keep` or `max_bytes`.")
+        assert error is not None
         needed = info(changed, error=error).rank_for_error(parse_share(error))
         assert not isinstance(rank, Sequence)
         limit = changed.max_rank if rank is None else changed.check_rank(rank)
@@ -360,6 +361,7 @@ def _check_request(
     keep: float | str | None,
     error: float | str | None,
     max_bytes: int | str | None,
+    for_vllm: bool,
     pad: bool,
     dtype: DtypeName | None,
     has_other_change: bool,
@@ -368,12 +370,16 @@ def _check_request(
 
     Args:
         output_format: The format of the output.
-        rank: As in `export`, and so are ``keep``, ``error``, ``max_bytes``, ``pad`` and ``dtype``.
+        rank: As in `export`, and so are the next ones up to ``dtype``.
         has_other_change: Whether anything other than the ranks changes.
     """
     is_ladder = output_format.name == "ladder"
     is_lora = output_format.is_lora
     changes_ranks = any(value is not None for value in (rank, keep, error, max_bytes))
+    if for_vllm and (error is None or not keep is max_bytes is None):
+        raise MatryoshkaError(
+            "`for_vllm=True` needs `error`, such as '10%', and no `keep` or `max_bytes`."
+        )
     if is_lora and not changes_ranks and not has_other_change:
         raise MatryoshkaError(
             "Pass at least one of `rank`, `keep`, `error`, `max_bytes`, `dtype`, `drop`, `scale` "
@@ -458,6 +464,7 @@ def export_folder(
         options.get("keep"),
         options.get("error"),
         options.get("max_bytes"),
+        options.get("for_vllm", False),
         options.get("pad", False),
         options.get("dtype"),
         has_other_change=bool(options.get("key_format") or options.get("dtype") or drop or scale),

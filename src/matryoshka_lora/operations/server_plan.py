@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from matryoshka_lora.formats.peft_folder import base_model_of
-from matryoshka_lora.formats.vllm import round_up_to_vllm, select_for_vllm, slot_size
+from matryoshka_lora.formats.vllm import MAX_LORAS, round_up_to_vllm, select_for_vllm, slot_size
 from matryoshka_lora.lora.convert import part_of_pipeline
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.text import format_table
@@ -38,13 +38,17 @@ class ServerPlan:
 
     def to_lines(self) -> list[str]:
         """Return the lines that `matryoshka info` prints."""
-        rows = [["--max-lora-rank", "a slot", "adapters that need more"]]
+        slots = min(MAX_LORAS, len(self.ranks))
+        rows = [["--max-lora-rank", "a slot", pluralize(slots, "slot"), "adapters that need more"]]
         for rank, size in self.slot_sizes.items():
             names = self.larger(rank)
             text = ", ".join(names[:_MAX_NAMES])
             if len(names) > _MAX_NAMES:
                 text += f" and {len(names) - _MAX_NAMES} more"
-            rows.append([str(rank), "unknown" if size is None else format_size(size), text])
+            sizes = ["unknown"] * 2
+            if size is not None:
+                sizes = [format_size(size), format_size(slots * size)]
+            rows.append([str(rank), *sizes, text])
         adapters = pluralize(len(self.ranks), "adapter")
         return [
             f"A server of vLLM for {adapters} of {self.base_model}:",
