@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,15 @@ def run(study: Study, job: Job) -> list[dict[str, Any]]:
     return cells
 
 
-def _divergences(
-    adapter: NestedAdapter, trainer: AnswerTrainer, examples: Any
-) -> list[dict[str, Any]]:
-    """Return the divergence at each rank, and at the same size with ranks by layer."""
-    whole = label_log_probabilities(adapter.model, trainer, examples)
+def truncations(adapter: NestedAdapter) -> Iterator[tuple[str, int]]:
+    """Truncate an adapter in memory: to each rank, and to a file of its size with ranks by layer.
+
+    Yields:
+        The allocation, ``"uniform"`` or ``"allocated"``, and the rank. The adapter is whole again
+        at the end.
+    """
     factors = adapter.factors.copy()
     lora = adapter.to_lora()
-    cells: list[dict[str, Any]] = []
     for rank in RANKS:
         truncated = lora.truncate(rank)
         ways = {"uniform": truncated, "allocated": lora.truncate(max_bytes=truncated.file_size)}
@@ -123,9 +125,19 @@ def _divergences(
                 for name, (A, B) in factors.items()
             }
             adapter.factors.write(kept)
-            divergence = _divergence(whole, adapter, trainer, examples)
-            cells.append({"allocation": allocation, "rank": rank, "divergence": divergence})
+            yield allocation, rank
     adapter.factors.write(factors)
+
+
+def _divergences(
+    adapter: NestedAdapter, trainer: AnswerTrainer, examples: Any
+) -> list[dict[str, Any]]:
+    """Return the divergence at each rank, and at the same size with ranks by layer."""
+    whole = label_log_probabilities(adapter.model, trainer, examples)
+    cells: list[dict[str, Any]] = []
+    for allocation, rank in truncations(adapter):
+        divergence = _divergence(whole, adapter, trainer, examples)
+        cells.append({"allocation": allocation, "rank": rank, "divergence": divergence})
     return cells
 
 
