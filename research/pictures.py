@@ -58,7 +58,7 @@ LORA_STEPS = 120
 LORA_RATE = 1e-3
 NUM_SAMPLING_STEPS = 12
 
-NUM_PICTURES = 16
+NUM_PICTURES = 12
 """The number of pictures that are measured, each with noise of its own."""
 
 NUM_PROMPTS = 8
