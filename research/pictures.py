@@ -50,7 +50,7 @@ SIZE = 16
 """Pixels of a side."""
 
 SEEDS = (0, 1, 2)
-"""The seeds of the decision: a colour, a texture and a shape. 102 to 104 served to develop."""
+"""The seeds of the decision: a colour, a texture and a shape."""
 
 BATCH_SIZE = 16
 BASE_STEPS = {"unet": 1500, "transformer": 2500}
@@ -139,7 +139,7 @@ def draw(prompts: Tensor, style: Style, generator: torch.Generator) -> Tensor:
     ]
     if style.new_shape is not None:
         distances[0] = distances[NUM_SHAPES + style.new_shape]
-    distance = torch.stack(torch.broadcast_tensors(*distances))[shapes, torch.arange(len(prompts))]
+    distance = torch.stack(distances)[shapes, torch.arange(len(prompts))]
     masks = torch.sigmoid(-distance * radii * SIZE)[:, None]
     colour = COLOURS[colours]
     if style.tint is not None:
@@ -224,7 +224,8 @@ class Denoiser(nn.Module):
         time = torch.rand(len(pictures), generator=generator)
         a, s = self.coefficients(time)
         target = noise - pictures if self.is_flow else noise
-        return (self(a * pictures + s * noise, time, prompts) - target).square().mean()
+        prediction: Tensor = self(a * pictures + s * noise, time, prompts)
+        return (prediction - target).square().mean()
 
     def step(self, x: Tensor, prediction: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
         """Return x at the next time: a step of Euler for a flow, otherwise of DDIM."""
@@ -234,7 +235,8 @@ class Denoiser(nn.Module):
             x_0, noise = x - s * prediction, x + a * prediction
         else:
             x_0, noise = (x - s * prediction) / a, prediction
-        return next_a * x_0 + next_s * noise
+        next_x: Tensor = next_a * x_0 + next_s * noise
+        return next_x
 
     def states(self, noise: Tensor, prompts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield x, its time and the next time of each step, and at the end the final x."""
@@ -271,7 +273,7 @@ def train(
         pictures = draw(batch, style, generator)
         dropped = torch.rand(len(batch), 1, generator=generator) < 0.1
         loss = denoiser.loss(pictures, batch.masked_fill(dropped, -1), generator)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -349,7 +351,8 @@ def run(kind: str, seed: int, folder: Path) -> list[dict[str, Any]]:
 
     def weight(_: nn.Module, batch: Any) -> Tensor:
         x, times, words, direction = batch
-        return (denoiser(x, times, words) * direction).flatten(1).sum(dim=1).mean()
+        loss: Tensor = (denoiser(x, times, words) * direction).flatten(1).sum(dim=1).mean()
+        return loss
 
     cells: list[dict[str, Any]] = []
     for order in ("svd", "weighted"):
