@@ -20,8 +20,8 @@ from research.blocks.shared import (
     p_minus_lora,
     percent,
     points,
+    price,
     read,
-    relative_seconds,
     spread,
     table,
 )
@@ -345,41 +345,41 @@ def p_at_ranks_findings() -> str:
 # Ordinary tasks, where rank hardly matters: the study ``ordinary``.
 
 LONGER = "lora-longer/svd"
+_PRICE = ("tokens", "seconds", "seeds")
 
 
 @block
 def ordinary_tasks() -> str:
-    """Losses minus the losses of ``reorder``."""
+    """Losses minus the losses of ``reorder``, for each task and way."""
     values = {"mean": mean_loss, "rank 1": loss_at(1), "rank 4": loss_at(4), "R": loss_at(32)}
     rows: list[list[str]] = []
-    for task in load_study("ordinary").tasks:
-        for method in (TRAINED, LONGER):
-            cells = [nats("ordinary", method, value, task, "lora/svd") for value in values.values()]
-            rows.append([f"`{task}`", NAMES[method], *cells])
-    heading = ["task", "loss minus that of `reorder`, nats", *values]
-    return table(heading, rows)
+    for task in load_study("low-ordinary").tasks:
+        for study, method in (
+            ("low-ordinary", TRAINED),
+            ("low-ordinary", "lora/trained-1.0"),
+            ("ordinary", LONGER),
+        ):
+            cells = [nats(study, method, value, task, "lora/svd") for value in values.values()]
+            num_seeds = str(len(of_method(study, method, task)))
+            rows.append([f"`{task}`", LOW_NAMES[method], *cells, *price(study, method), num_seeds])
+    return table(["task", "loss minus that of `reorder`, nats", *values, *_PRICE], rows)
 
 
 @block
 def ordinary_findings() -> str:
     """How often the trained ranks are kept, what they cost, and what a longer run needs."""
-    study = load_study("ordinary")
     kept: list[str] = []
-    for task in study.tasks:
-        num_kept = sum(
-            run["cost"]["cuts"].get("trained", {}).get("outcome") == "kept"
-            for run in read("research/runs/ordinary.jsonl")
-            if run["job"]["task"] == task
-        )
-        kept.append(f"{num_kept} of {len(study.seeds)} on `{task}`")
+    runs = read("research/runs/low-ordinary.jsonl")
+    for task in load_study("low-ordinary").tasks:
+        cuts = [run["cost"]["cuts"] for run in runs if run["job"]["task"] == task]
+        num_kept = sum(cut["trained"]["outcome"] == "kept" for cut in cuts)
+        kept.append(f"{num_kept} of {len(cuts)} on `{task}`")
     again, longer_run = (
         nats("rest", method, mean_loss, "chain_sum", "lora/svd")
         for method in ("lora-again/svd", LONGER)
     )
-    seconds = relative_seconds("ordinary", TRAINED)
     return (
-        f"* The trained ranks were kept in {' and '.join(kept)}. Run and `train_ranks` take "
-        f"{seconds:.2f} times a run's\n  seconds (the median of both tasks).\n"
+        f"* The trained ranks were kept in {' and '.join(kept)}.\n"
         "* **A longer run needs no new examples for its gain**: on `chain_sum`, half as many steps "
         "again on the *same* examples, in one run,\n  change the mean loss by "
         f"{again} nats, and with new examples by {longer_run} (three seeds, version 0.1). "
