@@ -40,13 +40,13 @@ def readme_table() -> str:
         rows.append([LOW_NAMES[method], *cells, *price("low-256", method)])
     references = reference_cells(_README_RANKS)
     rows.append([LOW_NAMES[LORA_EACH], *[""] * len(_README_RANKS), *references, "1.00 each", ""])
-    heading = [f"{task}: rank {rank}" for task in ("ordinary", "facts") for rank in _README_RANKS]
+    heading = [f"{task}, {rank}" for task in ("family", "facts") for rank in _README_RANKS]
     num_seeds = len(of_method("low-ordinary", TRAINED, _ORDINARY_TASK))
     seeds = len(of_method("low-256", TRAINED))
     return (
         "Right answers in %, the median of "
-        f"{num_seeds} seeds on the left and of {seeds} on the right, the lowest in brackets:\n"
-        + table(["right answers in %", *heading, "tokens", "seconds"], rows)
+        f"{num_seeds} seeds of *family* and of {seeds} of *facts*, the lowest in brackets:\n"
+        + table(["task, rank", *heading, "tokens", "seconds"], rows)
     )
 
 
@@ -62,18 +62,18 @@ def readme_findings() -> str:
     sweep_1 = points(difference("headline", LORA_EACH, accuracy_at(1), "lora/svd"), "+")
     tokens, _ = price("headline", LORA_EACH)
     sentences = [
-        "* **One run instead of six.** LoRA trained at each of six ranks minus one run and "
-        f"`reorder`: {sweep} points in the mean over the ranks, {sweep_1} at rank 1,",
+        "* **One run instead of six.** LoRA trained at each of six ranks has, compared with one "
+        f"run and `reorder`, {sweep} points in the mean over the ranks and {sweep_1} at rank 1,",
         f"  for {tokens} times the tokens (three ordinary tasks, five seeds each; both have coarse "
         "grids of learning rates).",
-        "* **Where R can still improve, train longer** instead. `train_ranks` leaves R as it is; "
-        f"for the same tokens, a longer run raises R by {longer} points",
-        "  on the ordinary task (five seeds), and `reorder` then gives the lower ranks. A trained "
-        "rank 2 may become better than R, as it has seen more examples.",
+        "* **A trained rank 2 may be better than R**, as in *family*: it has seen more examples. "
+        "Where R can still improve, train longer instead: for the same",
+        f"  tokens as `train_ranks`, a longer run raises R by {longer} points in *family* "
+        "(five seeds), and `reorder` then gives the lower ranks.",
         "* **LoRA trained at rank 1 is often better than a trained rank 1.** On the facts it has "
-        f"{min(references):.1f} to {max(references):.1f} %, at its best rate (15 seeds). With "
-        "fewer",
-        f"  trainable parameters, `train_ranks` minus LoRA trained at rank 2 is {to_lora} points.",
+        f"{min(references):.1f} to {max(references):.1f} %, at its best rate (15 seeds). Where",
+        f"  a rank has fewer parameters, `train_ranks` has {to_lora} points at rank 2, compared "
+        "with LoRA trained at rank 2 ([details](docs/results.md#where-rank-matters)).",
     ]
     return "\n".join(sentences)
 
