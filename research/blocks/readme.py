@@ -72,8 +72,8 @@ def readme_findings() -> str:
         "grids of learning rates).",
         "* **Where R can still improve, as in *family*, train longer, then `reorder`**: for the "
         f"same tokens as `train_ranks`, R gains {longer} points (five seeds).",
-        "  **Where a rank is too small, as in *facts*, use `train_ranks`.** A trained rank 2 may be "
-        "better than R, as it has seen more examples.",
+        "  **Where a rank is too small, as in *facts*, use `train_ranks`.** A trained rank 2 may "
+        "be better than R, as it has seen more examples.",
         "* **LoRA trained at rank 1 is often better than a trained rank 1.** On the facts it has "
         f"{min(references):.1f} to {max(references):.1f} %, at its best rate (15 seeds). Where",
         f"  a rank has fewer parameters, `train_ranks` has {to_lora} points at rank 2, compared "
