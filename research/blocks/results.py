@@ -362,7 +362,7 @@ def ordinary_tasks() -> str:
             cells = [nats(study, method, value, task, "lora/svd") for value in values.values()]
             num_seeds = str(len(of_method(study, method, task)))
             rows.append([f"`{task}`", LOW_NAMES[method], *cells, *price(study, method), num_seeds])
-    return table(["task", "loss minus that of `reorder`, nats", *values, *_PRICE], rows)
+    return table(["task", "change of the loss from `reorder`, nats", *values, *_PRICE], rows)
 
 
 @block

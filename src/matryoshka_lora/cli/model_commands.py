@@ -38,7 +38,7 @@ from matryoshka_lora.errors import MatryoshkaError, optional_imports
 from matryoshka_lora.registry import DtypeName
 
 if TYPE_CHECKING:
-    from matryoshka_lora.evaluation.folder import EvaluateOptions, FolderEvaluation
+    from matryoshka_lora.evaluation.folder import EvaluateOptions
 
 
 def demo(
@@ -251,7 +251,13 @@ def evaluate(
         )
         if is_main_process():
             typer.echo(with_flags(str(result), {"force", "metric"}))
-            _print_next_of_folder(adapter, result)
+            needed = result.selected_ranks.values()  # none: the table says why
+            largest = max((value.ranks[-1] for value in result.evaluations.values()), default=0)
+            if needed and (rank := max(needed)) < largest:  # a server has one rank for all
+                output = Path(f"{adapter.resolve().name}-{rank}")
+                print_next("export", adapter, "--rank", rank, "-o", output)
+            elif needed:
+                print_next("serve", adapter, *["--skip-bad"] * bool(result.failed), "--dry-run")
         return
     output = output or default_output(adapter)
     evaluation = run_evaluate(
@@ -264,17 +270,6 @@ def evaluate(
         f"Written to {output}: evaluation.json, examples.jsonl with the answers, and curve.png"
     )
     print_next("select", output, "--within", "1%")
-
-
-def _print_next_of_folder(folder: Path, result: FolderEvaluation) -> None:
-    ranks = result.selected_ranks
-    if not ranks:
-        return  # the table says why
-    rank = max(ranks.values())  # a server has one rank for all
-    if rank < max(value.ranks[-1] for value in result.evaluations.values()):
-        print_next("export", folder, "--rank", rank, "-o", f"{folder.resolve().name}-{rank}")
-    else:
-        print_next("serve", folder, *["--skip-bad"] * bool(result.failed), "--dry-run")
 
 
 def select(
