@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from research.blocks.shared import (
     block,
     difference,
@@ -61,24 +63,22 @@ def readme_findings() -> str:
     one_run = points(difference("headline", "lora/svd", aurac_log2, LORA_EACH))
     one_run_1 = points(difference("headline", LORA_EACH, accuracy_at(1), "lora/svd"))
     tokens, _ = price("headline", LORA_EACH)
-    sentences = [
-        "± is half of a 95 % interval over seeds.",
-        "",
-        "* **One run instead of six.** LoRA trained at each of six ranks costs "
-        f"{tokens} times the tokens of one run and `reorder`. In the mean over the ranks, no difference "
-        "was found:",
-        f"  the one run has {one_run} points more. At rank 1 it has {one_run_1} points less (three "
-        "ordinary tasks, *family* among them; five seeds; coarse grids of learning rates).",
-        "* **Where R still improves, train longer.** In *family*, that is better than `train_ranks` "
-        f"at rank 2 and above for the same tokens, and R gains {longer} points. **Where R",
-        "  has learned the task and a low rank has not, as in *facts*, use `train_ranks`.** A trained "
-        "rank may be better than R, which stays as it is: it has seen more examples.",
-        "* **If you deploy rank 1 or 2 only, train at that rank**: it costs one run, and is often "
-        "better. With `o_proj` and `down_proj` alone to learn the facts, LoRA at rank 2",
-        f"  is better than rank 2 of `train_ranks` by {to_lora} points "
-        "([details](docs/results.md#where-rank-matters)).",
+    bullets = [
+        f"""* **One run instead of six.** LoRA trained at each of six ranks costs {tokens} times the
+        tokens of one run and `reorder`. In the mean over the ranks, no difference was found: the
+        one run has {one_run} points more. At rank 1 it has {one_run_1} points less (three ordinary
+        tasks, *family* among them; five seeds; coarse grids of learning rates).""",
+        f"""* **Where R still improves, train longer.** In *family*, that is better than
+        `train_ranks` at rank 2 and above for the same tokens, and R gains {longer} points.
+        **Where R has learned the task and a low rank has not, as in *facts*, use `train_ranks`.**
+        A trained rank may be better than R, which stays as it is: it has seen more examples.""",
+        f"""* **If you deploy rank 1 or 2 only, train at that rank**: it costs one run, and is often
+        better. With `o_proj` and `down_proj` alone to learn the facts, LoRA at rank 2 is better
+        than rank 2 of `train_ranks` by {to_lora} points
+        ([details](docs/results.md#where-rank-matters)).""",
     ]
-    return "\n".join(sentences)
+    lines = [fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets]
+    return "\n".join(["± is half of a 95 % interval over seeds.", "", *lines])
 
 
 @block

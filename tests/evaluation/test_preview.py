@@ -120,6 +120,28 @@ def test_a_picture_is_that_of_the_exported_file(
     assert result.columns[1].distance > 0.1
 
 
+def test_a_trained_rank_is_marked_and_not_suggested(folder: Path, tmp_path: Path) -> None:
+    model = diffusers.FluxTransformer2DModel.from_pretrained(folder / "flux/transformer")
+    adapter = ml.load(model, folder / "flux nested")
+    A_and_B = {name: (A[:2], B[:, :2]) for name, (A, B) in adapter.factors.copy().items()}
+    adapter.set_small_factors(A_and_B)  # as good as the prefix
+    adapter.save(tmp_path / "trained")
+    result = ml.preview(
+        tmp_path / "trained",
+        folder / "flux",
+        ["a dog"],
+        [2, 3],
+        within="99%",
+        pipeline_args=ARGUMENTS,
+        progress=False,
+    )
+    assert [column.name for column in result.columns[1:-1]] == ["rank 2, trained", "rank 3"]
+    assert result.columns[1].distance < 0.99
+    assert result.suggestion is result.columns[2]
+    ml.export(tmp_path / "trained", tmp_path / "whole.safetensors", rank=4)
+    assert result.columns[-1].size == (tmp_path / "whole.safetensors").stat().st_size
+
+
 def test_the_sheet_and_the_numbers_are_written_and_nothing_else_is_replaced(
     folder: Path, tmp_path: Path
 ) -> None:

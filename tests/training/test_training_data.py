@@ -243,9 +243,9 @@ def test_all_examples_come_before_any_repeats_and_some_of_them_validate(model: A
 
 
 @pytest.mark.parametrize(
-    ("num_validation", "sizes"), [(10, [10]), (24, [12, 12]), (40, [10] * 4), (26, [8] * 3)]
+    ("num_validation", "sizes"), [(10, [10]), (24, [12, 12]), (40, [10] * 4), (26, [9, 9, 8])]
 )
-def test_validation_batches_have_equal_sizes(
+def test_all_examples_validate_in_batches_of_about_equal_sizes(
     model: Any, num_validation: int, sizes: list[int]
 ) -> None:
     data = read_training_data(model, random_examples(40))

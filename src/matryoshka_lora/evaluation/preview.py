@@ -122,6 +122,8 @@ class Preview:
         seeds: The seeds of each prompt.
         pipeline_args: The arguments of the pipeline.
         within: The largest distance of a suggested setting.
+        small_rank: The ranks up to this one are trained, and not suggested: they were not trained
+            to draw the pictures of the whole LoRA.
         columns: No LoRA, the settings from the smallest file to the largest, and the whole LoRA.
         notes: Remarks for the user, one sentence each.
     """
@@ -132,6 +134,7 @@ class Preview:
     seeds: tuple[int, ...]
     pipeline_args: dict[str, Any]
     within: float
+    small_rank: int
     columns: tuple[PreviewColumn, ...]
     notes: tuple[str, ...] = ()
 
@@ -139,7 +142,8 @@ class Preview:
     def suggestion(self) -> PreviewColumn | None:
         """The setting of the smallest file whose mean distance is at most `within`, or None."""
         for column in self.columns[1:-1]:
-            if column.distance <= self.within:
+            is_trained = column.options.get("rank", math.inf) <= self.small_rank
+            if column.distance <= self.within and not is_trained:
                 return column
         return None
 
@@ -175,7 +179,7 @@ class Preview:
         captions: list[list[str]] = []
         for column in self.columns:
             name, ranks, size, distance = column.cells()
-            has_ranks = ranks and name != f"rank {ranks}"
+            has_ranks = ranks and name.removesuffix(", trained") != f"rank {ranks}"
             captions.append(
                 [name, f"distance {distance}", f"rank {ranks}, {size}" if has_ranks else size]
             )
@@ -313,14 +317,16 @@ def preview(
     if ranks is not None or not shares:
         for rank in lora.check_ranks(ranks):
             if rank < lora.max_rank:
-                options[f"rank {rank}"] = {"rank": rank}
+                name = f"rank {rank}, trained" if rank <= lora.small_rank else f"rank {rank}"
+                options[name] = {"rank": rank}
     if not options:
         raise MatryoshkaError(f"Rank {lora.max_rank} is the whole LoRA. Pass smaller `ranks`.")
     settings = {name: lora.truncate(**arguments) for name, arguments in options.items()}
     sizes = {name: setting.file_size for name, setting in settings.items()}
     is_plain = lora.nesting is None and all(layer.kind == "LoRA" for layer in lora.layers)
     whole = lora if is_plain else lora.truncate(lora.max_rank)  # LoKr becomes LoRA, for example
-    sizes |= {_NO_LORA: 0, _WHOLE_LORA: lora.size if lora.files else whole.file_size}
+    has_one_file = lora.files and lora.small is None
+    sizes |= {_NO_LORA: 0, _WHOLE_LORA: lora.size if has_one_file else whole.file_size}
 
     pipeline, model_name = model, type(model).__name__
     if isinstance(model, (str, os.PathLike)):
@@ -339,6 +345,11 @@ def preview(
     loras: dict[str, Lora | None] = {_WHOLE_LORA: whole, _NO_LORA: None, **settings}
     drawings: dict[str, list[tuple[Image.Image, Tensor]]] = {}
     notes = lora.notes
+    if any(name.endswith("trained") for name in settings):
+        notes += (
+            "Trained ranks have pictures of their own, so the distance does not rate them. "
+            "Look at the pictures.",
+        )
     with training_bar(range(len(loras) * len(rows)), "pictures", is_shown=progress) as bar:
         for name, setting in loras.items():
             with _with_lora(pipeline, setting) as note:
@@ -371,6 +382,7 @@ def preview(
         seeds,
         pipeline_args,
         max_distance,
+        lora.small_rank,
         tuple(columns),
         notes,
     )

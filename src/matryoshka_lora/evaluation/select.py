@@ -110,7 +110,10 @@ class Selection:
         lines.append(f"{summary}; {pluralize(result.num_examples, 'question')}")
         differences = self.differences()
         if differences:
-            lines.append(f"Compared with rank {self.rank}, ± one standard error of the difference:")
+            lines.append(
+                f"Compared with rank {self.rank}, ± one standard error of the difference, which "
+                "counts two more questions:"
+            )
         for rank, difference in differences.items():
             lines.append(f"  {f'rank {rank}' if rank else 'the base model'} is {difference}")
         for name, metric in result.metrics.items():

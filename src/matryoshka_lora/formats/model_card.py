@@ -170,8 +170,18 @@ def model_card(
             f"Its update has a relative error of {original_error:.1%} against the original, which "
             "it was truncated from."
         )
-    load = FORMATS["peft"].load.format(path='"THIS_FOLDER"')
-    paragraphs.append(f"```python\nfrom peft import PeftModel\n\nmodel = {load}\n```")
+    if part_of_pipeline(lora):
+        paragraphs.append(
+            "diffusers and ComfyUI load a single file:\n\n```\nmatryoshka export THIS_FOLDER "
+            f"--rank {lora.max_rank} --output lora.safetensors\n```"
+        )
+    else:
+        load = FORMATS["peft"].load.format(path='"THIS_FOLDER"')
+        lines = ["from peft import PeftModel", "", f"model = {load}"]
+        if hub_id is not None and config.get("task_type") == "CAUSAL_LM":
+            lines.insert(1, "from transformers import AutoModelForCausalLM")
+            lines.insert(3, f'base_model = AutoModelForCausalLM.from_pretrained("{hub_id}")')
+        paragraphs.append("\n".join(["```python", *lines, "```"]))
     scores = _score_table(lora)
     if lora.nesting is not None:
         available = f"every rank from 1 to {lora.max_rank}, in the order `{lora.order}`"

@@ -202,7 +202,8 @@ def _in_one_file(lora: Lora) -> Lora:
     if part is None:
         raise MatryoshkaError(
             f"{lora.name} is no adapter of an image model of diffusers: it has layers such as "
-            f"{short(lora.layers[0].name)}. Export it as a folder, without `key_format`."
+            f"{short(lora.layers[0].name)}. Export it as a folder: a path "
+            "without .safetensors, and no `key_format`."
         )
     style = _STYLES["diffusers"]
     layers = tuple(style.rename(layer, f"{part}.{layer.name}") for layer in lora.layers)

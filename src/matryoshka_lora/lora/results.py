@@ -146,6 +146,13 @@ class TrainRanksResult:
             is_trained = rank in self.losses_after
             after = f"  {self.losses_after[rank]:14.3f}" if is_trained else ""
             lines.append(f"{rank:6}  {loss:15.3f}{after}")
+        max_rank = max(self.losses_before, default=0)
+        losses = [self.losses_after[rank] for rank in self.losses_after if rank <= self.small_rank]
+        if losses and min(losses) < self.losses_before[max_rank]:
+            lines.append(
+                f"  A trained rank is better than rank {max_rank}, because it has seen more "
+                f"examples. Train longer to improve rank {max_rank}."
+            )
         if self.losses_before and not self.is_held_out:
             lines.append("  validation: on training examples, as there is no evaluation set")
         return "\n".join(lines)

@@ -65,7 +65,7 @@ class Split:
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
         num_validation: The number of examples to validate on.
-        validation_batches: Batches of the same size.
+        validation_batches: Their batches, of the same size if there are several processes.
         is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
             training examples.
     """
@@ -152,10 +152,13 @@ class TrainingData:
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
         validation_indices = source.sample(max_validation, seed)
-        # The loss of a Trainer may need the same number of examples in each process.
-        num_batches = math.ceil(len(validation_indices) / source.batch_size)
-        batch_size = len(validation_indices) // num_batches
-        num_validation = batch_size * num_batches
+        num_validation = len(validation_indices)
+        num_batches = math.ceil(num_validation / source.batch_size)
+        batch_size = math.ceil(num_validation / num_batches)
+        if PartialState().num_processes > 1:
+            # The loss of a Trainer may need the same number of examples in each process.
+            batch_size = num_validation // num_batches
+            num_validation = batch_size * num_batches
         validation_batches = source.batches(validation_indices[:num_validation], batch_size)
         if not validation_batches:
             error_type = NoExamplesError if self.validation is None else MatryoshkaError

@@ -59,8 +59,9 @@ class Hyperparameters:
         tail_steps: The share of the steps after which this weight is 0.
         smallest_gap: The gap of a rank that is worth training, relative to the gain: the difference
             between the losses of the base model and of rank R.
-        max_gap: The maximum of this gap, in units. The gain is large if the base model does not
-            know where an answer ends, and a share of it would hide the gaps.
+        max_gap: The maximum of this gap, in nats; for a loss of the user, relative to that of rank
+            R. The gain is large if the base model does not know where an answer ends, and a share
+            of it would hide the gaps.
         min_gap: Its minimum, in units.
         epsilon: Adam's epsilon, in units.
     """
@@ -141,7 +142,7 @@ def train_ranks(
             options = replace(
                 options,
                 min_gap=unit * options.min_gap,
-                max_gap=unit * options.max_gap,
+                max_gap=abs(before[max_rank]) * options.max_gap,
                 epsilon=unit * options.epsilon,
             )
         gain = max(0.0, base_loss - before[max_rank])
