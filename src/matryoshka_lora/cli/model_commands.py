@@ -190,6 +190,10 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of questions of a task.")
     ] = None,
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What computes the answers. vllm computes one rank after the other."),
+    ] = "transformers",
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -246,6 +250,8 @@ def evaluate(
     }
     print_loading()
     if find_loras(adapter):
+        if backend != "transformers":
+            raise typer.BadParameter(f"--backend {backend} needs an adapter, not a folder of them.")
         result = evaluate_folder(
             adapter, tasks, data, rank_list, output=output, skip_bad=skip_bad, **options
         )
@@ -261,7 +267,14 @@ def evaluate(
         return
     output = output or default_output(adapter)
     evaluation = run_evaluate(
-        adapter, tasks, data, rank_list, output=output, revision=revision, **options
+        adapter,
+        tasks,
+        data,
+        rank_list,
+        backend=backend,
+        output=output,
+        revision=revision,
+        **options,
     )
     if not is_main_process():
         return

