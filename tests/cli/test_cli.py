@@ -324,6 +324,8 @@ def test_characters_that_the_terminal_cannot_show_are_escaped(
         ("train-ranks one.safetensors --data examples.jsonl -o new", "single file"),
         ("eval nested", "--tasks"),
         ("eval nested --data examples.jsonl --ranks 1,9", "9"),
+        ("eval nested --data examples.jsonl --base-model base --backend vllm", "pip install vllm"),
+        ("eval . --data examples.jsonl --backend vllm", "folder"),
         ("export nested -o new --rank 1.5", "'1.5'"),
         ("export nested -o new --rank 0", "rank"),
         (f"export nested -o new --rank {'9' * 4000}", "rank"),

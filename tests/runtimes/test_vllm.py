@@ -390,9 +390,10 @@ def test_the_plugin_serves_every_rank_of_a_folder(
 def write_tasks(folder: Path) -> str:
     """Write a task of choices and one of perplexities, and return their files."""
     data = folder / "questions.jsonl"
+    choices = [["only child", "only one"], ["a woman", "a town"], ["a single", "a combination"]]
     questions = [
-        {"text": text, "choices": [" mother", " a", " hydrogen"], "label": label}
-        for label, text in enumerate(TEXTS)
+        {"text": text, "choices": pair, "label": 1}
+        for text, pair in zip(TEXTS, choices, strict=True)
     ]
     data.write_text("\n".join(map(json.dumps, questions)))
     configs: dict[str, dict[str, Any]] = {
@@ -449,22 +450,23 @@ def test_an_evaluation_equals_the_one_with_transformers(
     python_path = os.pathsep.join([str(info.parent), os.environ.get("PYTHONPATH", "")])
     options = ["--backend", "vllm", f"--{source}", value, "--ranks", "2,8", "--dtype", "fp32"]
     options += ["--model-args", "max_model_len=512,max_num_seqs=16,enforce_eager=True"]
+    options += ["--output", str(tmp_path / "actual")]
     subprocess.run(
-        [sys.executable, "-m", "matryoshka_lora", "eval", adapter, *options]
-        + ["--output", tmp_path / "actual"],
+        [sys.executable, "-m", "matryoshka_lora", "eval", adapter, *options],
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path},
         check=True,
     )
     actual = Evaluation.read(tmp_path / "actual")
-    assert actual.ranks == expected.ranks
-    assert actual.settings == {
-        **expected.settings,
-        **{k: actual.settings[k] for k in ("backend", "model_args")},
-    }
     print(expected, actual, sep="\n")
+    assert actual.tasks.keys() == expected.tasks.keys()
     for name, task in expected.tasks.items():
-        assert task.num_examples == actual.tasks[name].num_examples
-        for metric, values in task.metrics.items():
+        assert task.num_examples == actual.tasks[name].num_examples > 0
+        for metric, value in task.metrics.items():
             assert actual.tasks[name].metrics[metric].values == pytest.approx(
-                values.values, rel=1e-3
+                value.values, rel=1e-4
             )
+        # The ranks differ, so the agreement is not by chance.
+        assert len(set(expected.metric(name).values.values())) == 3
+    for example, other in zip(expected.examples, actual.examples, strict=True):
+        if example.task != "texts":  # its answers are log-likelihoods
+            assert other.answers == example.answers

@@ -192,7 +192,10 @@ def evaluate(
     ] = None,
     backend: Annotated[
         Literal["transformers", "vllm"],
-        typer.Option(help="What computes the answers. vllm computes one rank after the other."),
+        typer.Option(
+            help="What computes the answers. vllm computes one rank after the other, and "
+            "--model-args are arguments of its engine."
+        ),
     ] = "transformers",
     max_batch_tokens: Annotated[
         int | None,

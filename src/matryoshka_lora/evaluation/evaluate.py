@@ -101,7 +101,7 @@ def evaluate(
         max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
             holds. Defaults to 32,768. vLLM makes its own batches.
         force: Whether to replace an earlier output of this package. Nothing else is replaced.
-        progress: Whether progress bars are shown on stderr.
+        progress: Whether progress bars are shown on stderr. vLLM always shows its own.
 
     Raises:
         MatryoshkaError: An argument is not valid, the adapter, base model, tasks or data cannot be
