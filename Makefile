@@ -116,7 +116,7 @@ test-runtimes: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports i
 	MLX_PYTHON=.venv-mlx/bin/python OPENVINO_PYTHON=.venv-openvino/bin/python \
 		$(BIN)/python -m pytest -n 2 tests/runtimes
 
-test-vllm: .venv-vllm/.ready ## a ladder and a folder of adapters in vLLM's server (CPU)
+test-vllm: .venv-vllm/.ready ## a ladder and a folder of adapters in vLLM's server, and eval with vLLM (CPU)
 	.venv-vllm/bin/python -m pytest -s tests/runtimes/test_vllm.py
 
 test-quantized: .venv-quantized/.ready ## adapters on bases that HQQ and torchao have quantised (CPU)

@@ -435,6 +435,12 @@ def test_invalid_arguments_are_rejected_before_the_model_is_loaded(
         evaluate(on_disk, progress=False, **arguments)
 
 
+def test_vllm_cannot_evaluate_an_adapter_of_the_head(base_model: Path, tmp_path: Path) -> None:
+    new_adapter(base_model, target_modules=["q_proj", "lm_head"]).save(tmp_path / "lora")
+    with pytest.raises(MatryoshkaError, match="lm_head"):
+        evaluate(tmp_path / "lora", data=some_examples(), backend="vllm", progress=False)
+
+
 def test_a_single_file_cannot_be_evaluated(on_disk: Path) -> None:
     with pytest.raises(MatryoshkaError, match="folder"):
         evaluate(on_disk / "adapter_model.safetensors", data=some_examples(), progress=False)

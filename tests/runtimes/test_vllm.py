@@ -1,4 +1,4 @@
-"""vLLM serves ladders and folders of adapters, with the bundled model (`make test-vllm`)."""
+"""vLLM serves and evaluates adapters of the bundled model (`make test-vllm`)."""
 
 from __future__ import annotations
 

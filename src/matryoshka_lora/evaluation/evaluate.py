@@ -26,6 +26,7 @@ from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.examples import read_examples
 from matryoshka_lora.formats.open import open_adapter
 from matryoshka_lora.formats.peft_folder import base_model_of
+from matryoshka_lora.formats.runtimes import name_in_block
 from matryoshka_lora.formats.vllm import check_for_vllm
 from matryoshka_lora.lora.lora import Lora
 
@@ -127,6 +128,11 @@ def evaluate(
                 "vLLM loads its own model. Save an adapter in memory first."
             )
         check_for_vllm(lora)
+        if any(name_in_block(layer.name) == "lm_head" for layer in lora.layers):
+            raise MatryoshkaError(
+                f"{lora.name} has the layer lm_head, which vLLM does not compute in "
+                "log-likelihoods. Pass `backend='transformers'`."
+            )
         try:
             version("vllm")
         except PackageNotFoundError as error:

