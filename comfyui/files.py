@@ -93,4 +93,5 @@ def report_saved(path: Path, ranks: Mapping[str, int], errors: Mapping[int, floa
     """
     size = format_size(path.stat().st_size)
     error = errors[max(errors)]
-    return [f"Saved {path.name}", f"{format_ranks(ranks)}, {size}", f"error {error:.2%}"]
+    name = path.relative_to(os.path.abspath(folder_paths.get_folder_paths("loras")[0]))
+    return [f"Saved {name}", f"{format_ranks(ranks)}, {size}", f"error {error:.2%}"]

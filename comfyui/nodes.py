@@ -142,6 +142,10 @@ class MatryoshkaShrinkLora:
         path = output_path(filename, overwrite)
         # Error and size need the singular values of all layers first.
         [lora] = with_progress([open_as_loaded(lora_name)], passes=1 if by == "rank" else 2)
+        if by == "rank" and rank > lora.max_rank:
+            raise ml.MatryoshkaError(
+                f"{lora_name} has rank {lora.max_rank}. Enter a rank from 1 to {lora.max_rank}."
+            )
         result = ml.export(
             lora,
             path,
@@ -265,6 +269,12 @@ def keep_factors(lora: ml.Lora) -> ml.Lora:
     return replace(lora, layers=tuple(replace(layer, read=cache(layer.read)) for layer in layers))
 
 
+def num_patches(model: Any, clip: Any) -> int:
+    """Return the number of changes that LoRAs make to weights."""
+    patchers = [model, *([] if clip is None else [clip.patcher])]
+    return sum(len(changes) for patcher in patchers for changes in patcher.patches.values())
+
+
 class MatryoshkaLoadLoraAtRank:
     """Load a LoRA at a rank, to see what the rank does before a file is saved."""
 
@@ -330,6 +340,10 @@ class MatryoshkaLoadLoraAtRank:
             # Not a memory map: the file is deleted.
             tensors = safetensors.torch.load(result.path.read_bytes())
         loaded = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
+        if num_patches(*loaded) == num_patches(model, clip):  # ComfyUI only logs it
+            raise ml.MatryoshkaError(
+                f"No layer of {lora_name} fits the model. Choose a LoRA that is for this model."
+            )
         size = f"{format_size(result.size)} of {format_size(lora.size)}"
         error = result.errors[max(result.errors)]
         line = f"{format_ranks(result.ranks)}: {size}, error {error:.2%}"
@@ -374,10 +388,10 @@ class MatryoshkaLoraRanks:
         max_rank = ml.open(source_path(lora_name)).max_rank
         try:
             values = [int(rank) for rank in ranks.split(",")]
-        except ValueError as error:
-            raise ml.MatryoshkaError(
-                f"{ranks!r:.80} is not a list of ranks, such as 1, 4, 16."
-            ) from error
+        except ValueError:
+            values = []
+        if not values or min(values) < 1:
+            raise ml.MatryoshkaError(f"{ranks!r:.80} is not a list of ranks, such as 1, 4, 16.")
         values = list(dict.fromkeys(min(value, max_rank) for value in values))
         text = f"{', '.join(map(str, values))} of {max_rank}"
         return {"ui": ui_text([text]), "result": (values,)}

@@ -78,7 +78,8 @@ def collect_loras(model: Any, clip: Any = None) -> ml.Lora:
                 layers += _read_layers(key, name, patches, tuple(weights[key].shape))
     if not layers:
         raise ml.MatryoshkaError(
-            "No LoRA is applied to the model. Connect the MODEL output of a LoRA loader."
+            "No LoRA is applied to the model. Connect the MODEL output of a LoRA loader, with a "
+            "LoRA that is for this model."
         )
     layers.sort(key=lambda layer: layer.name)
     return ml.Lora(SOURCE, tuple(layers), other_tensors, {"format": "pt"}, container="single")

@@ -490,6 +490,13 @@ def test_load_at_rank_keeps_the_decomposition_of_one_version_of_a_file(
 # MatryoshkaLoraRanks
 
 
+def test_a_lora_of_another_model_is_an_error(server: ComfyServer) -> None:
+    write_kohya(server.loras / "other.safetensors", {"double_blocks.0.img_mlp.0": (8, 8)}, seed=28)
+    graph = load_at_rank("other", 2)
+    graph["save"] = node("ModelSave", model=["lora", 0], filename_prefix="other")
+    assert "fits the model" in server.error_of(graph)
+
+
 def test_a_list_of_ranks_is_one_run(server: ComfyServer) -> None:
     updates = write_kohya(server.loras / "sweep.safetensors", WAN_SHAPES, seed=21)
     graph = load_at_rank("sweep", ["ranks", 0])
