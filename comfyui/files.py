@@ -34,11 +34,16 @@ def open_as_loaded(name: str) -> ml.Lora:
     They read the alpha of a layer from a tensor, and ignore the one in diffusers' metadata.
     """
     lora = ml.open(source_path(name))
-    layers = tuple(
-        layer if layer.keys.alpha else replace(layer, scale=1.0) for layer in lora.layers
-    )
+    layers = tuple(layer if layer.keys.alpha else _unscaled(layer) for layer in lora.layers)
     metadata = {key: value for key, value in lora.metadata.items() if key != CONFIGS_KEY}
     return replace(lora, layers=layers, metadata=metadata)
+
+
+def _unscaled(layer: ml.Layer) -> ml.Layer:
+    values = layer.weighted_values
+    return replace(
+        layer, scale=1.0, weighted_values=None if values is None else values / layer.scale
+    )
 
 
 def modification_times(names: Iterable[str]) -> tuple[int, ...]:

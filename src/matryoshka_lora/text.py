@@ -109,7 +109,7 @@ def format_errors(
     rows = zip(*([name, *cells] for name, cells in columns.items() if cells), strict=True)
     lines = format_table(list(rows))
     if weighted_errors:
-        lines.append("  weighted: the error, weighted by what changes the outputs on examples")
+        lines.append("  weighted: the error, weighted by what changes the outputs, see `reorder`")
     if trained_ranks:
         lines.append("  trained: the rank minimises the loss, and not the error")
     return [

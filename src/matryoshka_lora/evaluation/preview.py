@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,20 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from matryoshka_lora.atomic import CREATED_WITH, PathLike, check_output, create_file
-from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.lora.convert import pipeline_key_format
 from matryoshka_lora.lora.lora import Lora
-from matryoshka_lora.peft.base_model import DTYPES, default_dtype
+from matryoshka_lora.peft.pipeline import check_options, draw, open_pipeline, with_lora
 from matryoshka_lora.progress import training_bar
 from matryoshka_lora.registry import DtypeName
 from matryoshka_lora.text import format_percent, format_range, format_table, join_lines
@@ -39,15 +34,6 @@ from matryoshka_lora.units import format_size, parse_share, pluralize
 
 _NO_LORA = "no LoRA"
 _WHOLE_LORA = "whole LoRA"
-_OWN_ARGUMENTS = (
-    "prompt",
-    "generator",
-    "output_type",
-    "return_dict",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-)
-"""The arguments of a pipeline that only `preview` sets."""
 _SSIM_WINDOW = 7
 
 
@@ -300,16 +286,9 @@ def preview(
         raise MatryoshkaError("Pass at least one of `prompts` and one of `seeds`.")
     shares = [f"{100 * parse_share(error):.4g}%" for error in check_list("errors", errors)]
     max_distance = parse_share(within)
-    pipeline_args = dict(pipeline_args or {})
-    reserved = [name for name in _OWN_ARGUMENTS if name in pipeline_args]
-    if reserved:
-        raise MatryoshkaError(
-            f"`pipeline_args` must not contain {', '.join(reserved)}, which `preview` sets itself."
-        )
+    pipeline_args = check_options(dtype, pipeline_args)
     if output is not None:
         _check_outputs(output, force)
-    if dtype is not None:
-        check_choice("dtype", dtype, DTYPES)
     lora = lora if isinstance(lora, Lora) else open_lora(lora, revision=revision)
     if lora.container == "peft":  # `export` writes a file, too
         lora = lora.convert(pipeline_key_format(lora) or "diffusers")
@@ -328,18 +307,7 @@ def preview(
     has_one_file = lora.files and lora.small is None
     sizes |= {_NO_LORA: 0, _WHOLE_LORA: lora.size if has_one_file else whole.file_size}
 
-    pipeline, model_name = model, type(model).__name__
-    if isinstance(model, (str, os.PathLike)):
-        pipeline, model_name = _load_pipeline(str(model), dtype, offload), str(model)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise MatryoshkaError(
-            f"{model_name} is not a pipeline that takes LoRAs. Pass another `model`."
-        )
-    if _count_lora_layers(pipeline):  # it would be unloaded
-        raise MatryoshkaError(
-            "The pipeline already has a LoRA. Call its unload_lora_weights(), or to keep the LoRA "
-            "in all pictures, fuse_lora() before that."
-        )
+    pipeline, model_name = open_pipeline(model, dtype, offload)
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]
     # The whole LoRA is the first one: if it does not fit the pipeline, that is seen at once.
     loras: dict[str, Lora | None] = {_WHOLE_LORA: whole, _NO_LORA: None, **settings}
@@ -352,7 +320,7 @@ def preview(
         )
     with training_bar(range(len(loras) * len(rows)), "pictures", is_shown=progress) as bar:
         for name, setting in loras.items():
-            with _with_lora(pipeline, setting) as note:
+            with with_lora(pipeline, setting) as note:
                 if name == _WHOLE_LORA and note:
                     notes += (note,)
                 drawings[name] = []
@@ -421,76 +389,6 @@ def _check_outputs(path: PathLike, force: bool) -> tuple[Path, Path]:
     return sheet, check_output(sheet.with_suffix(".json"), force, is_file=True)
 
 
-def _load_pipeline(model: str, dtype: DtypeName | None, offload: bool) -> Any:
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    torch_dtype = torch.float32 if device.type == "cpu" else default_dtype()
-    if dtype is not None:
-        torch_dtype = DTYPES[dtype]
-    with wrap_errors(
-        f"Cannot load the pipeline {model!r}",
-        "Pass a folder that diffusers has saved, or a Hub id",
-        # diffusers has no common error type.
-        (OSError, ValueError, TypeError, ImportError, KeyError, SafetensorError),
-    ):
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=False
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    with wrap_errors(
-        f"Cannot use the pipeline on {device}",
-        "`offload=True` needs less memory, and an accelerator",
-        RuntimeError,
-    ):
-        if offload:
-            pipeline.enable_model_cpu_offload()
-        else:
-            pipeline.to(device)
-    return pipeline
-
-
-@contextmanager
-def _with_lora(pipeline: Any, lora: Lora | None) -> Iterator[str]:
-    """Load a LoRA into a pipeline, and unload it at the end.
-
-    Yields:
-        A note if the pipeline ignores some of its layers, or "".
-    """
-    if lora is None:
-        yield ""
-        return
-    pipeline_name = type(pipeline).__name__
-    converted = lora
-    with suppress(MatryoshkaError):  # diffusers may read keys that cannot be converted
-        converted = lora.convert("diffusers")
-    try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            wrap_errors(
-                f"{pipeline_name} cannot load {lora.name}",
-                "Pass the model that the LoRA is for",
-                (ValueError, TypeError, KeyError, AttributeError, RuntimeError),
-            ),
-        ):
-            file = Path(folder, "lora.safetensors")
-            converted.save(file)
-            pipeline.load_lora_weights(str(file))
-        num_layers, num_loaded = len(converted.layers), _count_lora_layers(pipeline)
-        if not num_loaded:
-            raise MatryoshkaError(
-                f"{pipeline_name} has none of the layers of {lora.name}. Pass the model that the "
-                "LoRA is for."
-            )
-        note = f"{pipeline_name} ignores {num_layers - num_loaded} of {num_layers} layers."
-        yield note if num_loaded < num_layers else ""
-    finally:
-        pipeline.unload_lora_weights()
-
-
-def _count_lora_layers(pipeline: Any) -> int:
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    return sum(isinstance(module, LoraLayer) for part in parts for module in part.modules())
-
-
 def _draw(
     pipeline: Any, prompt: str, seed: int, options: Mapping[str, Any]
 ) -> tuple[Image.Image, Tensor]:
@@ -503,25 +401,13 @@ def _draw(
         last.update(tensors)
         return {}
 
-    name = type(pipeline).__name__
-    with wrap_errors(
-        f"{name} cannot draw",
-        "Check `pipeline_args`; smaller pictures or `offload=True` need less memory",
-        (TypeError, ValueError, ArithmeticError, RuntimeError),  # also of the memory
-    ):
-        output = pipeline(
-            prompt=prompt,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=keep,
-            callback_on_step_end_tensor_inputs=["latents"],
-            output_type="pil",
-            **options,
-        )
+    output = draw(pipeline, prompt, seed, keep, options)
     if hasattr(output, "images"):
         image = output.images[0]
     elif hasattr(output, "frames"):
         image = output.frames[0][len(output.frames[0]) // 2]
     else:
+        name = type(pipeline).__name__
         raise MatryoshkaError(f"{name} returns neither images nor frames. Pass another pipeline.")
     if len(getattr(output, "images", ())) > 1:
         raise MatryoshkaError("The pipeline draws several pictures. Pass several `seeds` instead.")

@@ -14,8 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats.hub import CARD_NAME, SMALL_FOLDER, copy_companion_files
@@ -27,6 +25,9 @@ from matryoshka_lora.formats.safetensors_io import (
     open_safetensors,
     pop_error,
     read_json,
+    stored_checksum,
+    weighted_values_record,
+    with_weighted_values,
     write_lora_tensors,
 )
 from matryoshka_lora.linalg.factors import Checksum
@@ -176,18 +177,16 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
             raise ValueError
         layers = lora.layers
         if order == "weighted":
-            layers = tuple(_with_weighted_values(layer, saved) for layer in layers)
+            values = saved["weighted_values"]
+            layers = tuple(with_weighted_values(layer, values) for layer in layers)
         scores = tuple(map(_read_scores, saved.get("scores", ())))
     except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         reason = "the nesting in the metadata is damaged"
     else:
         expected = (nesting.max_rank, nesting.scale)
-        actual_checksum = Checksum()
-        for layer in lora.layers:
-            actual_checksum.update(tensors[layer.keys.A].read(), tensors[layer.keys.B].read())
         if (
             any((layer.rank, layer.scale) != expected for layer in lora.layers)
-            or actual_checksum.hexdigest() != checksum
+            or stored_checksum(lora.layers, tensors) != checksum
         ):
             reason = "the factors have changed since their nesting was recorded"
     if reason:
@@ -208,13 +207,6 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
     if small.ranks != dict.fromkeys(lora.ranks, small_rank):
         raise MatryoshkaError(f"{name} is from another adapter. Copy the whole folder again.")
     return with_small(lora, small)
-
-
-def _with_weighted_values(layer: Layer, saved: Mapping[str, Any]) -> Layer:
-    values = np.array(saved["weighted_values"][layer.name], np.float64)
-    if values.shape != (layer.rank,) or not np.isfinite(values).all():
-        raise ValueError
-    return replace(layer, weighted_values=values)
 
 
 def _read_scores(saved: Mapping[str, Any]) -> Scores:
@@ -334,11 +326,7 @@ def _prepare(lora: Lora) -> Lora:
         if lora.scores:  # the card of an exported rank shows them
             nesting["scores"] = [asdict(scores) for scores in lora.scores]
         if lora.order == "weighted":
-            nesting["weighted_values"] = {
-                layer.name: [float(f"{value:.6g}") for value in layer.weighted_values]
-                for layer in lora.layers
-                if layer.weighted_values is not None
-            }
+            nesting["weighted_values"] = weighted_values_record(lora)
         metadata[NESTING_KEY] = json.dumps(nesting)
     layers = tuple(layer.with_scale(scale) for layer in lora.layers)
     return replace(lora, layers=layers, metadata=metadata)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.linalg.arrays import FLOATS, FLOATS8, Array, DType
 from matryoshka_lora.linalg.factors import Checksum
-from matryoshka_lora.lora.layer import StoredTensor, TensorInfo
+from matryoshka_lora.lora.layer import Layer, StoredTensor, TensorInfo
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.metadata import HASH_PREFIXES
 from matryoshka_lora.lora.save import Written
@@ -39,6 +40,9 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 NESTING_KEY = "matryoshka_lora"
 """The key of ranks, order and checksum of a nested adapter in the metadata."""
+
+ORDER_KEY = "matryoshka_lora.order"
+"""The key of the order ``"weighted"`` of a single file in the metadata, with the checksum."""
 
 ERROR_KEY = "matryoshka_lora.error"
 """The key of `Lora.original_error` in the metadata of every LoRA that is written, also of 0."""
@@ -184,7 +188,8 @@ def _lora_tensors(lora: Lora) -> dict[str, TensorInfo]:
 def write_lora_tensors(lora: Lora, file: Path) -> Written:
     """Write the tensors and the metadata of a LoRA. One layer is in memory at a time.
 
-    The metadata get the error against the original, and a nesting the checksum of the factors.
+    The metadata get the error against the original, and a nesting or an order the checksum of the
+    factors.
     """
     written = Written(lora.ranks)
     checksum = Checksum()
@@ -197,12 +202,41 @@ def write_lora_tensors(lora: Lora, file: Path) -> Written:
             checksum.update(A, B)
         for key, tensor in lora.other_tensors.items():
             writer.write(key, tensor.read())
-        if NESTING_KEY in lora.metadata:
-            nesting = json.loads(lora.metadata[NESTING_KEY])
-            nesting["checksum"] = checksum.hexdigest()
-            writer.metadata[NESTING_KEY] = json.dumps(nesting)
+        for key in {NESTING_KEY, ORDER_KEY} & lora.metadata.keys():
+            record = json.loads(lora.metadata[key])
+            record["checksum"] = checksum.hexdigest()
+            writer.metadata[key] = json.dumps(record)
         writer.metadata.update(error_metadata(written.original_error(lora)))
     return written
+
+
+def weighted_values_record(lora: Lora) -> dict[str, list[float]]:
+    """Return the weighted values of the layers by name, for the metadata."""
+    return {
+        layer.name: [float(f"{value:.6g}") for value in layer.weighted_values]
+        for layer in lora.layers
+        if layer.weighted_values is not None
+    }
+
+
+def with_weighted_values(layer: Layer, record: Mapping[str, Any]) -> Layer:
+    """Return a layer with its weighted values of `weighted_values_record`.
+
+    Raises:
+        LookupError, TypeError, ValueError: The record is damaged.
+    """
+    values = np.array(record[layer.name], np.float64)
+    if values.shape != (layer.rank,) or not np.isfinite(values).all():
+        raise ValueError
+    return replace(layer, weighted_values=values)
+
+
+def stored_checksum(layers: Sequence[Layer], tensors: Mapping[str, StoredTensor]) -> str:
+    """Return the checksum of the factors in a file. All of them are read."""
+    checksum = Checksum()
+    for layer in layers:
+        checksum.update(tensors[layer.keys.A].read(), tensors[layer.keys.B].read())
+    return checksum.hexdigest()
 
 
 def _build_header(

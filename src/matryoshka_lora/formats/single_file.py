@@ -7,8 +7,10 @@ if any, into the file's metadata. Without an alpha the scale is 1.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import pairwise
@@ -21,11 +23,16 @@ from matryoshka_lora.formats.lora_config import RanksAndScales
 from matryoshka_lora.formats.lycoris import read_lycoris_layers
 from matryoshka_lora.formats.safetensors_io import (
     NESTING_KEY,
+    ORDER_KEY,
     lora_file_size,
     open_safetensors,
     pop_error,
+    stored_checksum,
+    weighted_values_record,
+    with_weighted_values,
     write_lora_tensors,
 )
+from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.lora.keys import (
     ALL_SUFFIXES,
     CONFIGS_KEY,
@@ -89,6 +96,7 @@ def read(file: Path, alpha: float | None = None) -> Lora:
     tensors, metadata = open_safetensors(file)
     original_error = pop_error(metadata)
     metadata.pop(NESTING_KEY, None)  # of a folder's weights, without their config
+    order = metadata.pop(ORDER_KEY, None)
     pairs = _find_pairs(tensors, str(file))
     copied_modules = _find_modules(_EXTRA_TENSOR, tensors, pairs)
     names = [name for name in sorted(pairs) if not copied_modules & module_names(name)]
@@ -121,7 +129,7 @@ def read(file: Path, alpha: float | None = None) -> Lora:
     other_tensors = {key: tensors[key] for key in sorted(tensors) if key not in read_keys}
     if lycoris_layers and not other_tensors:
         metadata = without_lycoris(metadata)
-    return Lora(
+    lora = Lora(
         str(file),
         tuple(layers),
         other_tensors,
@@ -131,6 +139,29 @@ def read(file: Path, alpha: float | None = None) -> Lora:
         original_error=original_error,
         notes=_describe_conversions(layers, tensors),
     )
+    return lora if order is None else _with_order(lora, order, tensors)
+
+
+def _with_order(lora: Lora, record: str, tensors: Tensors) -> Lora:
+    """Return a LoRA with the order of its metadata, if that still describes its factors."""
+    try:
+        saved = json.loads(record)
+        values, scales, checksum = saved["weighted_values"], saved["scales"], saved["checksum"]
+        layers = tuple(with_weighted_values(layer, values) for layer in lora.layers)
+        # Weighted values are proportional to the scales.
+        is_unchanged = stored_checksum(layers, tensors) == checksum and all(
+            math.isclose(scales[layer.name], layer.scale, rel_tol=1e-5) for layer in layers
+        )
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        is_unchanged = False
+    if is_unchanged:
+        return replace(lora, layers=layers, order="weighted")
+    warnings.warn(
+        f"{lora.name} has changed since it was reordered by weighted SVD, so its order is not "
+        "used.",
+        stacklevel=4,
+    )
+    return lora
 
 
 def _find_pairs(tensors: Tensors, file_name: str) -> dict[str, LayerKeys]:
@@ -321,7 +352,8 @@ def _prepare(lora: Lora) -> Lora:
     if ranks differ. Other factors keep their alphas. Without alpha tensors, the scale is stored in
     the metadata, if diffusers reads it there; otherwise it is 1.
     """
-    has_new_factors = any(layer.has_new_factors for layer in lora.layers)
+    # Prefixes of ordered factors have other ranks, too.
+    has_new_factors = lora.order is not None or any(layer.has_new_factors for layer in lora.layers)
     common_alpha = lora.max_rank * lora.new_scale
     metadata_holds_scales = CONFIGS_KEY in lora.metadata and can_describe(lora.layers)
     other_tensors = dict(lora.other_tensors)
@@ -337,4 +369,13 @@ def _prepare(lora: Lora) -> Lora:
             layer = layer.with_scale(1.0)
         layers.append(layer)
     lora = replace(lora, layers=tuple(layers), other_tensors=other_tensors)
-    return replace(lora, metadata=updated_metadata(lora))
+    metadata = updated_metadata(lora)
+    if lora.order == "weighted":
+        order = {
+            "scales": {layer.name: layer.scale for layer in lora.layers},
+            "weighted_values": weighted_values_record(lora),
+            # A placeholder of equal length, which is replaced once the factors are written.
+            "checksum": Checksum().hexdigest(),
+        }
+        metadata[ORDER_KEY] = json.dumps(order)
+    return replace(lora, metadata=metadata)

@@ -177,7 +177,8 @@ class Layer:
         has_new_factors: Whether the factors were computed, so that a format may choose their scale.
         weighted_values: If the factors have the order ``"weighted"``, the weighted singular value
             of each component: shape (R,), float64, decreasing. Half of its square is about the
-            Kullback-Leibler divergence of the outputs, in nats per token, without the component.
+            Kullback-Leibler divergence of the outputs, in nats per token, without the component. In
+            a pipeline, its square is about the squared change of the latents in a step.
     """
 
     name: str

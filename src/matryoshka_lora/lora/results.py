@@ -23,8 +23,10 @@ class ReorderResult:
             the norm of the update, over all layers.
         singular_values: The singular values of each layer's update by the layer's name, shape
             (R,), or (experts, R), decreasing.
-        weighted_errors: If examples have weighted the order, the weighted error of each nested
-            rank: the root of the share of the squared weighted values that the rank leaves out.
+        weighted_errors: If examples or pictures have weighted the order, the weighted error of each
+            nested rank: the root of the share of the squared weighted values that the rank leaves
+            out.
+        notes: Remarks for the user, one sentence each.
     """
 
     path: Path | None
@@ -32,14 +34,15 @@ class ReorderResult:
     errors: dict[int, float]
     singular_values: dict[str, Float64Array]
     weighted_errors: dict[int, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """Return the errors, a line for each kind."""
+        """Return the errors, a line for each kind, and the notes."""
         name = "The adapter" if self.path is None else str(self.path)
         lines = [f"{name} can be used at every rank. Relative errors {_format(self.errors)}"]
         if self.weighted_errors:
-            lines.append(f"Weighted by the examples: {_format(self.weighted_errors)}")
-        return join_lines(lines)
+            lines.append(f"Weighted errors {_format(self.weighted_errors)}")
+        return join_lines([*lines, *self.notes])
 
 
 def _format(errors: dict[int, float]) -> str:

@@ -137,7 +137,7 @@ class ExportResult:
             ]
             if self.weighted_error is not None:
                 error = self.weighted_error
-                lines.append(f"Weighted by the examples of reorder: {format_percent(error)}")
+                lines.append(f"Weighted error {format_percent(error)}, see `reorder`")
         if FORMATS[self.format].is_lora and self.size_after >= self.size_before:
             lines.append("The output is not smaller than the source.")
         lines += self.notes
@@ -297,6 +297,11 @@ def _export(
             notes.append(
                 f"The {pluralize(len(changed.layers), 'layer')} are {len(converted.layers)} in the "
                 f"{key_format} format, which has other layers for queries, keys and values."
+            )
+        if changed.order == "weighted" and converted.order is None:
+            notes.append(
+                "Its layers are split or fused, so the weighted order is lost. Truncate first, and "
+                "change the keys of the output."
             )
         changed = converted
     ladder_ranks, weighted_errors = None, changed.weighted_squared_errors()

@@ -1,24 +1,32 @@
-"""Load a LoRA onto its base model, to change it there and write it."""
+"""Load a LoRA onto its base model or into its pipeline, to change it there and write it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
+from matryoshka_lora.errors import MatryoshkaError, optional_imports
 from matryoshka_lora.formats import peft_folder
 from matryoshka_lora.formats.open import open_adapter
+from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.linalg.factors import reorder_by_moments, truncation_errors
+from matryoshka_lora.lora.layer import Factors, Layer
+from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
 from matryoshka_lora.peft.load import load
+from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import Target
 
 
@@ -74,3 +82,89 @@ def adapter_in_memory(
         # Keep the source's files, so that its tokenizer is copied.
         changed = replace(adapter.to_lora(), files=lora.files)
         peft_folder.write(changed.nested(), folder, Target())
+
+
+def weighted_by_pictures(
+    lora: Lora,
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    pipeline_args: Mapping[str, Any] | None,
+    dtype: str | None,
+    offload: bool,
+    seed: int,
+) -> Lora:
+    """Return a LoRA of a single file, reordered by what changes the pictures of a pipeline.
+
+    Layers without a gradient keep the order of the SVD. Their weighted values are their singular
+    values, times a factor that the other layers have on average.
+
+    Args:
+        lora: A LoRA for the pipeline.
+        pipeline: A pipeline of diffusers: a folder, a Hub id, or one in memory that has no LoRA.
+        prompts: The prompts.
+        pipeline_args: Arguments of the pipeline.
+        dtype: The dtype of a pipeline on disk. Chosen by the hardware by default.
+        offload: Whether the parts of a pipeline on disk are on the accelerator only while they
+            compute.
+        seed: The seed of the noise, and of the random directions.
+
+    Raises:
+        MatryoshkaError: An argument is not valid, the pipeline cannot be loaded or cannot draw, or
+            no layer gets a gradient.
+        MissingDependencyError: diffusers is not installed.
+        NotFiniteError: A factor or a gradient is NaN or infinite.
+    """
+    with optional_imports("image"):
+        from matryoshka_lora.peft.pipeline import (
+            check_options,
+            denoising_moments,
+            open_pipeline,
+            with_diffusers_keys,
+            with_lora,
+        )
+
+    arguments = check_options(dtype, pipeline_args)
+    opened, pipeline_name = open_pipeline(pipeline, dtype, offload)
+    # Converted first, because layers may be split.
+    ordered = with_diffusers_keys(lora).reorder()
+    notes = list(ordered.notes)
+    if {layer.keys for layer in ordered.layers} != {layer.keys for layer in lora.layers}:
+        notes.append("The output has the keys of diffusers.")
+    with with_lora(opened, ordered) as note:
+        moments = denoising_moments(opened, prompts, arguments, seed)
+    if note:
+        notes.append(note)
+    factors: dict[str, Factors] = {}
+    weighted_values: dict[str, Float64Array] = {}
+    with single_threaded():
+        for layer in progress_bar(ordered.layers, "reordering"):
+            A, B, _, singular_values = layer.read()
+            if layer.name in moments:
+                A, B, values = reorder_by_moments(A, B, *moments[layer.name])
+                weighted_values[layer.name] = values
+            errors = truncation_errors(A, B, [layer.scale] * layer.rank)
+            factors[layer.name] = Factors(
+                A.astype(np.float32), B.astype(np.float32), errors, singular_values
+            )
+    if not weighted_values:
+        raise MatryoshkaError(
+            f"No layer of {lora.name} gets a gradient from the pictures of {pipeline_name}. "
+            "Reorder it without `pipeline`."
+        )
+    missing = len(ordered.layers) - len(weighted_values)
+    if missing:
+        notes.append(
+            f"{missing} of {len(ordered.layers)} layers get no gradient, as in text encoders. They "
+            "keep the order of the SVD."
+        )
+    norm = sum(np.sum(factors[name].singular_values ** 2) for name in weighted_values)
+    weight = np.sqrt(sum(np.sum(values**2) for values in weighted_values.values()) / norm)
+    layers: list[Layer] = []
+    for layer in ordered.layers:
+        values = weighted_values.get(layer.name)
+        if values is None:
+            values = weight * factors[layer.name].singular_values
+        read = partial(factors.__getitem__, layer.name)
+        layers.append(replace(layer, read=read, weighted_values=values))
+    return replace(ordered, layers=tuple(layers), order="weighted", notes=tuple(notes))

@@ -276,7 +276,7 @@ class FolderInfo:
         lines += [f"{name} cannot be read: {reason}" for name, reason in self.failed.items()]
         weighted = [name for name, info in self.loras.items() if info.weighted_errors]
         if weighted:
-            lines.append(f"The error of {', '.join(weighted)} is weighted by examples.")
+            lines.append(f"The error of {', '.join(weighted)} is a weighted error.")
         total_size = format_size(sum(lora.size for lora in loras))
         lines.append(
             f"{pluralize(len(loras), 'LoRA')}, {total_size}. At rank "
@@ -388,7 +388,8 @@ def info_folder(
 def _kind_of(lora: Lora) -> str:
     ranks = ", ".join(map(str, lora.nested_ranks))
     if lora.container == "single":
-        return "a LoRA in a single file"
+        order = ", reordered by weighted SVD" if lora.order == "weighted" else ""
+        return f"a LoRA in a single file{order}"
     if lora.deploy == "paper":
         return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"
     if lora.order is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +35,72 @@ class Moments(NamedTuple):
     outputs: Float64Array
 
 
+class MomentRecorder:
+    """Accumulates the second moments of LoRA layers over backwards.
+
+    Layers that get no gradient have none, and neither have layers whose A is no module, such as
+    embeddings.
+
+    Args:
+        factors: The factors.
+    """
+
+    def __init__(self, factors: ModelFactors) -> None:
+        self._factors = factors
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._num_positions: Counter[str] = Counter()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Return a context in which each backward counts, and only the factors are trainable."""
+        model = self._factors.model
+        modules = {id(getattr(module, "weight", None)): module for module in model.modules()}
+        with trainable_factors(self._factors), ExitStack() as hooks:
+            for name, (A, _) in self._factors.parameters.items():
+                module = modules.get(id(A))
+                if module is not None:
+                    hook = module.register_forward_hook(partial(self._record, name))
+                    hooks.callback(hook.remove)
+            yield
+
+    def _record(self, name: str, module: nn.Module, args: Any, hidden: Any) -> None:
+        def accumulate(gradient: Tensor) -> None:
+            # Of a convolution, the components are dim 1.
+            dim = 1 if self._factors.parameters[name][0].ndim > 2 else -1
+            h, b = [x.detach().movedim(dim, -1).flatten(0, -2) for x in (hidden, gradient)]
+            has_gradient = b.ne(0).any(dim=-1)  # padding has none
+            h, b = [at_least_float32(x[has_gradient]) for x in (h, b)]
+            # On the CPU, because some devices have no float64.
+            self._inputs[name] = self._inputs.get(name, 0) + (h.T @ h).cpu().double()
+            self._outputs[name] = self._outputs.get(name, 0) + (b.T @ b).cpu().double()
+            self._num_positions[name] += len(h)
+
+        if hidden.requires_grad:  # not in the first forward of a checkpointed layer
+            hidden.register_hook(accumulate)
+
+    def moments(self, num_terms: int) -> dict[str, Moments]:
+        """Return the second moments of each layer with a gradient.
+
+        Args:
+            num_terms: The number of terms of what was backpropagated: positions, examples or steps.
+
+        Raises:
+            NotFiniteError: A moment is NaN or infinite.
+        """
+        moments: dict[str, Moments] = {}
+        for name, count in self._num_positions.items():
+            if count > 0:
+                layer = self._inputs[name] / count, self._outputs[name] / num_terms
+                if not all(moment.isfinite().all() for moment in layer):
+                    raise NotFiniteError(
+                        f"The gradients of layer {name} are NaN or infinite. Load the model in "
+                        "bfloat16 or float32. Or reorder without it."
+                    )
+                moments[name] = Moments(layer[0].numpy(), layer[1].numpy())
+        return moments
+
+
 def second_moments(
     factors: ModelFactors, data: TrainingData, max_examples: int, seed: int = 0
 ) -> dict[str, Moments]:
@@ -42,9 +109,6 @@ def second_moments(
     For a language model, a random direction of the logits is backpropagated for each position that
     counts in the loss. Its second moment is the Fisher information matrix of the softmax, so the
     labels do not matter. For other models, the loss is backpropagated.
-
-    Layers that get no gradient are left out, and so are layers whose A is no module, such as
-    embeddings.
 
     Args:
         factors: The factors.
@@ -55,34 +119,11 @@ def second_moments(
     Raises:
         NotFiniteError: A moment is NaN or infinite.
     """
-    modules = {id(getattr(module, "weight", None)): module for module in factors.model.modules()}
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    num_positions: Counter[str] = Counter()
-
-    def record(name: str, module: nn.Module, args: Any, hidden: Any) -> None:
-        def accumulate(gradient: Tensor) -> None:
-            # Of a convolution, the components are dim 1.
-            dim = 1 if factors.parameters[name][0].ndim > 2 else -1
-            h, b = [x.detach().movedim(dim, -1).flatten(0, -2) for x in (hidden, gradient)]
-            has_gradient = b.ne(0).any(dim=-1)  # padding has none
-            h, b = [at_least_float32(x[has_gradient]) for x in (h, b)]
-            # On the CPU, because some devices have no float64.
-            inputs[name] = inputs.get(name, 0) + (h.T @ h).cpu().double()
-            outputs[name] = outputs.get(name, 0) + (b.T @ b).cpu().double()
-            num_positions[name] += len(h)
-
-        if hidden.requires_grad:  # not in the first forward of a checkpointed layer
-            hidden.register_hook(accumulate)
-
+    recorder = MomentRecorder(factors)
     logits: list[Tensor] = []
     num_terms_seen = 0
     generator = torch.Generator().manual_seed(seed)
-    with trainable_factors(factors), ExitStack() as hooks:
-        for name, (A, _) in factors.parameters.items():
-            module = modules.get(id(A))
-            if module is not None:
-                hooks.callback(module.register_forward_hook(partial(record, name)).remove)
+    with recorder.recording(), ExitStack() as hooks:
         head = getattr(factors.model, "get_output_embeddings", lambda: None)()
         if head is not None:
             hook = head.register_forward_hook(lambda _, args, output: logits.append(output))
@@ -97,17 +138,7 @@ def second_moments(
             else:
                 (loss * num_terms(batch)).backward()  # type: ignore[no-untyped-call]
                 num_terms_seen += num_terms(batch)
-    moments: dict[str, Moments] = {}
-    for name, count in num_positions.items():
-        if count > 0:
-            layer = inputs[name] / count, outputs[name] / num_terms_seen
-            if not all(moment.isfinite().all() for moment in layer):
-                raise NotFiniteError(
-                    f"The gradients of layer {name} are NaN or infinite. Load the base model in "
-                    "bfloat16 or float32. Or reorder the adapter without data."
-                )
-            moments[name] = Moments(layer[0].numpy(), layer[1].numpy())
-    return moments
+    return recorder.moments(num_terms_seen)
 
 
 def _backward_of_directions(loss: Tensor, logits: Tensor, generator: torch.Generator) -> int:
