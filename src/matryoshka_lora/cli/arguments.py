@@ -62,6 +62,16 @@ ModelArgsOption = Annotated[
         "device_map=auto, load_in_4bit=True, attn_implementation=eager.",
     ),
 ]
+PipelineArgsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=VALUE,...",
+        help="Arguments of the pipeline: num_inference_steps=20,height=512,guidance_scale=3.5.",
+    ),
+]
+OffloadOption = Annotated[
+    bool, typer.Option("--offload", help="Keep only the part that computes on the GPU.")
+]
 KeepOption = Annotated[
     str | None,
     typer.Option(
@@ -73,7 +83,8 @@ ErrorOption = Annotated[
     str | None,
     typer.Option(
         help="Maximum relative error over all layers, such as 10%. The layers get the ranks that "
-        "reach it with a small file. After `reorder --data`, it is the weighted error."
+        "reach it with a small file. After `reorder` with --data or --pipeline, it is "
+        "the weighted error."
     ),
 ]
 MaxBytesOption = Annotated[

@@ -26,11 +26,14 @@ from matryoshka_lora.cli.arguments import (
     MaxBytesOption,
     MaxBytesOrShareOption,
     ModelArgsOption,
+    OffloadOption,
     OutputOption,
     PadOption,
+    PipelineArgsOption,
     RankOrRanksOption,
     RevisionOption,
     ScaleOption,
+    parse_arguments,
     parse_model_args,
     parse_rank_of_sum,
     parse_ranks,
@@ -146,6 +149,19 @@ def reorder(
     revision: RevisionOption = None,
     dtype: DtypeOption = None,
     model_args: ModelArgsOption = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Pipeline of diffusers: a folder or a Hub id of an image model. The pictures that "
+            "it draws for each --prompt weight the order."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt of the LoRA, with --pipeline. The option may be repeated."),
+    ] = None,
+    pipeline_args: PipelineArgsOption = None,
+    offload: OffloadOption = False,
     force: ForceOption = False,
 ) -> None:
     """Reorder the components of any LoRA by SVD, so that it can be used at every rank.
@@ -154,15 +170,18 @@ def reorder(
     is unchanged. It takes seconds, and needs neither data nor the base model.
 
     With --data, every rank changes the model's outputs on the examples least instead. Nothing is
-    trained. The output remembers the weights, and `export --error` uses them.
+    trained. The output remembers the weights, and `export --error` uses them. --pipeline does the
+    same for an image or video LoRA, and writes a file with the keys of diffusers.
 
     Example: matryoshka reorder some-lora -o nested
 
     Example: matryoshka reorder some-lora --data my.jsonl -o nested
+
+    Example: matryoshka reorder x.safetensors --pipeline MODEL --prompt 'a fox' -o y.safetensors
     """
     from matryoshka_lora import reorder as run_reorder
 
-    if data is not None:
+    if data is not None or pipeline is not None:
         print_loading()
     result = run_reorder(
         lora,
@@ -174,6 +193,10 @@ def reorder(
         revision=revision,
         dtype=dtype,
         model_args=parse_model_args(model_args),
+        pipeline=pipeline,
+        prompts=prompt or (),
+        pipeline_args=parse_arguments(pipeline_args),
+        offload=offload,
         force=force,
     )
     typer.echo(result)

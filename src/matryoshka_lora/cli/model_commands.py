@@ -18,7 +18,9 @@ from matryoshka_lora.cli.arguments import (
     ForceOption,
     LoraArgument,
     ModelArgsOption,
+    OffloadOption,
     OutputOption,
+    PipelineArgsOption,
     RanksOption,
     RevisionOption,
     parse_arguments,
@@ -359,23 +361,14 @@ def preview(
     within: Annotated[
         str, typer.Option(help="Largest distance of a setting that is suggested.")
     ] = "20%",
-    pipeline_args: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME=VALUE,...",
-            help="Arguments of the pipeline: num_inference_steps=20,height=512,guidance_scale=3.5.",
-        ),
-    ] = None,
+    pipeline_args: PipelineArgsOption = None,
     dtype: Annotated[
         DtypeName | None,
         typer.Option(
             help="Dtype of the pipeline.", show_default="bf16 if a GPU supports it, otherwise fp32"
         ),
     ] = None,
-    offload: Annotated[
-        bool,
-        typer.Option("--offload", help="Keep only the part that computes on the GPU."),
-    ] = False,
+    offload: OffloadOption = False,
     revision: RevisionOption = None,
     force: ForceOption = False,
 ) -> None:

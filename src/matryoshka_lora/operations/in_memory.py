@@ -90,7 +90,7 @@ def weighted_by_pictures(
     prompts: Sequence[str],
     *,
     pipeline_args: Mapping[str, Any] | None,
-    dtype: str | None,
+    dtype: torch.dtype | str | None,
     offload: bool,
     seed: int,
 ) -> Lora:
@@ -136,10 +136,13 @@ def weighted_by_pictures(
     if note:
         notes.append(note)
     factors: dict[str, Factors] = {}
+    svd_values: dict[str, Float64Array] = {}
     weighted_values: dict[str, Float64Array] = {}
     with single_threaded():
         for layer in progress_bar(ordered.layers, "reordering"):
             A, B, _, singular_values = layer.read()
+            assert singular_values is not None  # see `Lora.reorder`
+            svd_values[layer.name] = singular_values
             if layer.name in moments:
                 A, B, values = reorder_by_moments(A, B, *moments[layer.name])
                 weighted_values[layer.name] = values
@@ -158,13 +161,13 @@ def weighted_by_pictures(
             f"{missing} of {len(ordered.layers)} layers get no gradient, as in text encoders. They "
             "keep the order of the SVD."
         )
-    norm = sum(np.sum(factors[name].singular_values ** 2) for name in weighted_values)
-    weight = np.sqrt(sum(np.sum(values**2) for values in weighted_values.values()) / norm)
+    weighted_norm, norm = (
+        np.linalg.norm(np.concatenate([values[name] for name in weighted_values]))
+        for values in (weighted_values, svd_values)
+    )
     layers: list[Layer] = []
     for layer in ordered.layers:
-        values = weighted_values.get(layer.name)
-        if values is None:
-            values = weight * factors[layer.name].singular_values
+        values = weighted_values.get(layer.name, weighted_norm / norm * svd_values[layer.name])
         read = partial(factors.__getitem__, layer.name)
         layers.append(replace(layer, read=read, weighted_values=values))
     return replace(ordered, layers=tuple(layers), order="weighted", notes=tuple(notes))

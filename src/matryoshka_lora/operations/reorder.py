@@ -83,8 +83,8 @@ def reorder(
     prompts = check_list("prompts", prompts)
     if (pipeline is not None) != bool(prompts) or (data is not None and pipeline is not None):
         raise MatryoshkaError(
-            "Pass `pipeline` with at least one of `prompts` for an image model, or `data` for a "
-            "language model."
+            "Pass `pipeline` and at least one prompt for an image model, or `data` for a language "
+            "model."
         )
     if data is not None:
         if isinstance(source, Lora):

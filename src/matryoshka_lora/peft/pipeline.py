@@ -40,7 +40,7 @@ StepCallback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
 or nothing."""
 
 
-def check_options(dtype: str | None, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_options(dtype: object, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the arguments of a pipeline as a dictionary.
 
     Raises:
@@ -58,12 +58,12 @@ def check_options(dtype: str | None, arguments: Mapping[str, Any] | None) -> dic
     return arguments
 
 
-def open_pipeline(model: Any, dtype: str | None, offload: bool) -> tuple[Any, str]:
+def open_pipeline(model: Any, dtype: Any, offload: bool) -> tuple[Any, str]:
     """Return a pipeline that has no LoRA, and its name.
 
     Args:
         model: A folder, a Hub id, or a pipeline in memory.
-        dtype: The dtype of a pipeline on disk. Chosen by the hardware by default.
+        dtype: The name of the dtype of a pipeline on disk. Chosen by the hardware by default.
         offload: Whether the parts of a pipeline on disk are on the accelerator only while they
             compute.
 
