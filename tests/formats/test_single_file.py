@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch import Tensor
 import matryoshka_lora as ml
 from matryoshka_lora import export
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.safetensors_io import ORDER_KEY
 from matryoshka_lora.formats.single_file import read
+from matryoshka_lora.lora.combine import combine
 from matryoshka_lora.lora.save import SaveResult
 from matryoshka_lora.lora.truncate import with_ranks
 
@@ -465,3 +468,97 @@ def test_conv_dim_is_the_rank_of_the_convolutions_that_are_left(
         arguments = json.loads(file.metadata()["ss_network_args"])
     assert arguments.get("conv_dim") == conv_dim
     assert ("conv_alpha" in arguments) == (conv_dim is not None)
+
+
+def save_weighted(folder: Path, key_format: str = "kohya") -> ml.Lora:
+    """Write a LoRA with the order of its SVD, and other weighted values; return it as read."""
+    alpha = 6.0 if key_format == "kohya" else None
+    lora = read(save_lora(folder / "plain.safetensors", key_format, alpha)).reorder()
+    layers = tuple(
+        replace(layer, weighted_values=10.0**index * 0.5 ** np.arange(layer.rank))
+        for index, layer in enumerate(lora.layers)
+    )
+    replace(lora, layers=layers, order="weighted").save(folder / "weighted.safetensors")
+    return read(folder / "weighted.safetensors")
+
+
+@pytest.mark.parametrize("key_format", ["kohya", "diffusers"])
+def test_a_weighted_order_chooses_the_ranks_of_prefixes(tmp_path: Path, key_format: str) -> None:
+    lora = save_weighted(tmp_path, key_format)
+    assert lora.order == "weighted"
+    values = {layer.name: layer.weighted_values for layer in lora.layers}
+    total = sum((value**2).sum() for value in values.values() if value is not None)
+    result = export(lora, tmp_path / "small.safetensors", error="30%")
+    missing = sum(
+        (value[result.ranks[name] :] ** 2).sum()
+        for name, value in values.items()
+        if value is not None
+    )
+    assert result.weighted_error == pytest.approx(np.sqrt(missing / total))
+    assert list(result.ranks.values())[-1] == 2  # the next one has 1/10 of its weighted values
+    assert next(iter(result.ranks.values())) == 1
+    size = (tmp_path / "small.safetensors").stat().st_size
+    fitted = export(lora, tmp_path / "fitted.safetensors", max_bytes=size)
+    assert (fitted.ranks, fitted.size_after) == (result.ranks, size)
+
+    whole, small = load_file(tmp_path / "weighted.safetensors"), tmp_path / "small.safetensors"
+    suffix_A, suffix_B = SUFFIXES[key_format]
+    for name, update in read_updates(small).items():
+        rank = result.ranks[name]
+        A = whole[name + suffix_A].double().flatten(1)
+        B = whole[name + suffix_B].double().flatten(1)
+        scale = float(whole.get(f"{name}.alpha", len(A))) / len(A)
+        np.testing.assert_allclose(update, scale * B[:, :rank] @ A[:rank], rtol=1e-4, atol=1e-5)
+    alphas = [tensor for key, tensor in load_file(small).items() if key.endswith(".alpha")]
+    assert len(set(map(float, alphas))) == (key_format == "kohya")  # as diffusers requires
+
+
+@pytest.mark.parametrize(
+    ("verb", "keeps"),
+    [
+        (lambda lora: lora.cast("fp16"), True),
+        (lambda lora: lora.drop("text_encoder*"), True),
+        (lambda lora: lora.scale({"unet*": -2.0}), True),
+        (lambda lora: lora.convert("kohya"), True),
+        (lambda lora: lora.truncate(2), True),
+        (lambda lora: lora.pad(8), False),
+        (lambda lora: lora.reorder(), False),
+        (lambda lora: lora.map(lambda factors: factors), False),
+        (lambda lora: combine([lora], [1.0]), False),
+    ],
+)
+def test_a_verb_keeps_a_weighted_order_or_drops_it(
+    tmp_path: Path, verb: Callable[[ml.Lora], ml.Lora], keeps: bool
+) -> None:
+    changed = verb(save_weighted(tmp_path, "diffusers"))
+    changed.save(tmp_path / "changed.safetensors")
+    assert changed.file_size == (tmp_path / "changed.safetensors").stat().st_size
+    opened = read(tmp_path / "changed.safetensors")
+    assert opened.order == ("weighted" if keeps else None)
+    assert (ORDER_KEY in read_metadata(tmp_path / "changed.safetensors")) == keeps
+    if keeps:
+        for layer, expected in zip(opened.layers, changed.layers, strict=True):
+            np.testing.assert_allclose(layer.weighted_values, expected.weighted_values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["factor", "alpha", "layer", "values", "json"])
+def test_a_file_that_has_changed_has_no_order(tmp_path: Path, change: str) -> None:
+    save_weighted(tmp_path)
+    file = tmp_path / "weighted.safetensors"
+    tensors, metadata = load_file(file), read_metadata(file)
+    first = min(tensors).partition(".")[0]
+    if change == "factor":
+        tensors[f"{first}.lora_up.weight"][0] += 1
+    elif change == "alpha":
+        tensors[f"{first}.alpha"] *= 2
+    elif change == "layer":
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(first)}
+    elif change == "values":
+        metadata[ORDER_KEY] = metadata[ORDER_KEY].replace("0.25", "NaN")
+    else:
+        metadata[ORDER_KEY] = "[]"
+    save_file(tensors, file, metadata)
+    with pytest.warns(UserWarning, match="order"):
+        lora = read(file)
+    assert lora.order is None
+    assert all(layer.weighted_values is None for layer in lora.layers)
