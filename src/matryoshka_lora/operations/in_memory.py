@@ -153,7 +153,7 @@ def weighted_by_pictures(
     if not weighted_values:
         raise MatryoshkaError(
             f"No layer of {lora.name} gets a gradient from the pictures of {pipeline_name}. "
-            "Reorder it without `pipeline`."
+            "Pass the model that the LoRA is for, or reorder it without `pipeline`."
         )
     missing = len(ordered.layers) - len(weighted_values)
     if missing:
