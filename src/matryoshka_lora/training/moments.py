@@ -65,10 +65,12 @@ class MomentRecorder:
             yield
 
     def _record(self, name: str, module: nn.Module, args: Any, hidden: Any) -> None:
+        values = hidden.detach()  # a hook that refers to its tensor would keep the graph in memory
+
         def accumulate(gradient: Tensor) -> None:
             # Of a convolution, the components are dim 1.
             dim = 1 if self._factors.parameters[name][0].ndim > 2 else -1
-            h, b = [x.detach().movedim(dim, -1).flatten(0, -2) for x in (hidden, gradient)]
+            h, b = [x.detach().movedim(dim, -1).flatten(0, -2) for x in (values, gradient)]
             has_gradient = b.ne(0).any(dim=-1)  # padding has none
             h, b = [at_least_float32(x[has_gradient]) for x in (h, b)]
             # On the CPU, because some devices have no float64.
