@@ -318,7 +318,7 @@ class MatryoshkaLoadLoraAtRank:
             lora = open_as_loaded(lora_name)
             # The factors of LoHa and LoKr may be as large as the model.
             if all(layer.kind == "LoRA" for layer in lora.layers):
-                lora = keep_factors(lora.reorder())
+                lora = keep_factors(lora.nested())
             self._kept = (version, lora)
         return self._kept[1]
 

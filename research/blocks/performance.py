@@ -144,6 +144,22 @@ def shrink_file() -> str:
 
 
 @block
+def reorder_pictures() -> str:
+    """What the moments of a picture cost, next to drawing it."""
+    measured = read("benchmarks/results/reorder_pictures.json")
+    drawn, moments = measured["draw"], measured["moments"]
+    seconds = drawn["cpu_seconds"], moments["cpu_seconds"]
+    return (
+        f"* **Cost.** A picture takes {seconds[1] / seconds[0]:.1f} times as long as drawing it: "
+        f"{seconds[1]:.1f} and {seconds[0]:.1f} CPU seconds for a small\n  Flux (`python "
+        "benchmarks/reorder_pictures.py`). The denoiser computes each step, computes it again for "
+        "the gradients, and\n  backpropagates. The gradients are checkpointed: the peak memory "
+        f"above that of the model is {moments['peak_MiB']:.0f} MiB there, and "
+        f"{drawn['peak_MiB']:.0f} MiB for drawing."
+    )
+
+
+@block
 def file_commands() -> str:
     """CPU seconds and peak memory of commands on files."""
     names = {

@@ -171,7 +171,7 @@ def reorder(
 
     With --data, every rank changes the model's outputs on the examples least instead. Nothing is
     trained. The output remembers the weights, and `export --error` uses them. --pipeline does the
-    same for an image or video LoRA, and writes a file with the keys of diffusers.
+    same for an image or video LoRA.
 
     Example: matryoshka reorder some-lora -o nested
 

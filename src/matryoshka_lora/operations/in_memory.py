@@ -96,6 +96,8 @@ def weighted_by_pictures(
 ) -> Lora:
     """Return a LoRA of a single file, reordered by what changes the pictures of a pipeline.
 
+    It keeps its keys, unless diffusers splits or fuses its layers.
+
     Layers without a gradient keep the order of the SVD. Their weighted values are their singular
     values, times a factor that the other layers have on average.
 
@@ -126,15 +128,11 @@ def weighted_by_pictures(
 
     arguments = check_options(dtype, pipeline_args)
     opened, pipeline_name = open_pipeline(pipeline, dtype, offload)
-    # Converted first, because layers may be split.
-    ordered = with_diffusers_keys(lora).reorder()
-    notes = list(ordered.notes)
-    if {layer.keys for layer in ordered.layers} != {layer.keys for layer in lora.layers}:
-        notes.append("The output has the keys of diffusers.")
-    with with_lora(opened, ordered) as note:
+    # Converted before it is reordered, because layers may be split.
+    converted = with_diffusers_keys(lora)
+    ordered = converted.reorder()
+    with with_lora(opened, ordered):
         moments = denoising_moments(opened, prompts, arguments, seed)
-    if note:
-        notes.append(note)
     factors: dict[str, Factors] = {}
     svd_values: dict[str, Float64Array] = {}
     weighted_values: dict[str, Float64Array] = {}
@@ -155,6 +153,7 @@ def weighted_by_pictures(
             f"No layer of {lora.name} gets a gradient from the pictures of {pipeline_name}. "
             "Pass the model that the LoRA is for, or reorder it without `pipeline`."
         )
+    notes = list(lora.notes)
     missing = len(ordered.layers) - len(weighted_values)
     if missing:
         notes.append(
@@ -170,4 +169,13 @@ def weighted_by_pictures(
         values = weighted_values.get(layer.name, weighted_norm / norm * svd_values[layer.name])
         read = partial(factors.__getitem__, layer.name)
         layers.append(replace(layer, read=read, weighted_values=values))
+    originals = {layer.read: layer for layer in lora.layers}
+    if all(layer.read in originals for layer in converted.layers):  # they were only renamed
+        for index, layer in enumerate(converted.layers):
+            original = originals[layer.read]
+            layers[index] = replace(layers[index], name=original.name, keys=original.keys)
+        layers.sort(key=lambda layer: layer.name)
+        ordered = lora.reorder()
+    else:
+        notes.append("The output has the keys of diffusers, because it has other layers.")
     return replace(ordered, layers=tuple(layers), order="weighted", notes=tuple(notes))

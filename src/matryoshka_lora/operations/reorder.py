@@ -52,8 +52,8 @@ def reorder(
         source: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
             LoRA. With data, a PEFT folder or its Hub id.
         output: The folder or file to write, of the same kind as the source. In a folder each layer
-            is padded to the largest rank; in a file it keeps its own. With a pipeline, a file with
-            the keys of diffusers.
+            is padded to the largest rank; in a file it keeps its own. With a pipeline, a file,
+            which has the keys of diffusers if these split or fuse layers of the source.
         data: Examples of the adapter's own task: a dataset or a list of examples with ``prompt``
             and ``completion``, or with ``messages``; or the path of a file with an example in each
             line, in JSON.
