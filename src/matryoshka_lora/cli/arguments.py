@@ -52,7 +52,7 @@ BaseRevisionOption = Annotated[
 ]
 DtypeOption = Annotated[
     DtypeName | None,
-    typer.Option(help="Dtype of the base model.", show_default="bf16 if the hardware supports it"),
+    typer.Option(help="Dtype of the model.", show_default="bf16 if the hardware supports it"),
 ]
 ModelArgsOption = Annotated[
     str | None,

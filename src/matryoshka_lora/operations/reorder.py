@@ -111,7 +111,7 @@ def reorder(
     lora = source if isinstance(source, Lora) else open_lora(source, revision=revision)
     if lora.small is not None:
         warnings.warn(
-            f"{lora.name} is reordered by SVD, without the trained ranks up to {lora.small_rank}.",
+            f"{lora.name} is reordered without the trained ranks up to {lora.small_rank}.",
             stacklevel=2,
         )
     if pipeline is None:
@@ -142,5 +142,5 @@ def reorder(
         saved.written.relative_errors(ranks),
         saved.written.singular_values,
         relative_errors(weighted_errors, ranks if weighted_errors else ()),
-        ordered.notes if pipeline is not None else (),
+        ordered.notes,
     )
