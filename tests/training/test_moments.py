@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,25 @@ def test_checkpointed_layers_have_the_same_moments(use_reentrant: bool) -> None:
     for name, moments in expected.items():
         for values, others in zip(moments, actual[name], strict=True):
             torch.testing.assert_close(torch.tensor(values), torch.tensor(others))
+
+
+def test_no_graph_of_an_earlier_batch_is_kept() -> None:
+    """A hook that refers to its own tensor would keep it until the next garbage collection."""
+    adapter = small_update()
+    adapter.reorder()
+    data = read_training_data(adapter.model, EXAMPLES)
+    tensors: list[weakref.ref[Tensor]] = []
+    (layer, *_) = adapter.layers.values()
+    module: Any = layer.lora_A["default"]
+    hook = module.register_forward_hook(lambda _, args, h: tensors.append(weakref.ref(h)))
+    gc.disable()
+    try:
+        second_moments(adapter.factors, data, 32)
+        assert tensors
+        assert not any(tensor() is not None for tensor in tensors)
+    finally:
+        gc.enable()
+        hook.remove()
 
 
 def divergence(adapter: NestedAdapter, rank: int, reference: Tensor) -> float:
