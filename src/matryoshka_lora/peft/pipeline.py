@@ -236,11 +236,11 @@ def denoising_moments(
     """
     components = pipeline.components.items()
     parts = nn.ModuleDict({name: part for name, part in components if isinstance(part, nn.Module)})
-    denoisers = [part for name, part in parts.items() if name.startswith(("unet", "transformer"))]
+    denoisers = nn.ModuleDict(
+        {name: part for name, part in parts.items() if name.startswith(("unet", "transformer"))}
+    )
     layers: dict[str, Any] = {
-        name: module
-        for name, module in parts.named_modules()
-        if isinstance(module, LoraLayer) and name.startswith(("unet", "transformer"))
+        name: module for name, module in denoisers.named_modules() if isinstance(module, LoraLayer)
     }
     recorder = MomentRecorder(
         ModelFactors(
@@ -272,7 +272,7 @@ def denoising_moments(
         return {"latents": latents.detach()}
 
     with ExitStack() as stack:
-        for part in denoisers:
+        for part in denoisers.values():
             stack.enter_context(_checkpointed(part))
             hook = part.register_forward_pre_hook(detach_inputs, with_kwargs=True)
             stack.callback(hook.remove)
