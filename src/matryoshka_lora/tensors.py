@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matryoshka_lora.linalg.arrays import Array
+from matryoshka_lora.linalg.arrays import Array, DType
 
 # Dtypes without a direct torch-NumPy conversion, reinterpreted as integers.
 _EXTENSION_DTYPES = [
@@ -49,6 +49,11 @@ def to_torch(array: Array) -> Tensor:
 def to_numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """Return NumPy's dtype for one of torch."""
     return to_numpy(torch.empty(0, dtype=dtype)).dtype
+
+
+def to_torch_dtype(dtype: DType) -> torch.dtype:
+    """Return torch's dtype for one of NumPy."""
+    return to_torch(np.empty(0, dtype)).dtype
 
 
 def at_least_float32(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

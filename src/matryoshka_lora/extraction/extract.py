@@ -1,4 +1,4 @@
-"""Extract a LoRA from a fine-tuned model: the closest LoRA to the change from fine-tuning."""
+"""Extract a LoRA from a fine-tuned model or a DoRA: the closest LoRA to the change of weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import get_args
 
 from matryoshka_lora.atomic import PathLike, check_output
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
+from matryoshka_lora.extraction.dora import apply_dora, open_dora
 from matryoshka_lora.extraction.factorize import factorize_layers, resumable_folder
 from matryoshka_lora.extraction.model_diff import (
     compare_models,
@@ -17,7 +18,7 @@ from matryoshka_lora.extraction.model_diff import (
     read_architecture,
     rename_for_pipeline,
 )
-from matryoshka_lora.formats.hub import MODEL_FILES, local_path, split_hub_id
+from matryoshka_lora.formats.hub import MODEL_FILES, TUNED_FILES, local_path, split_hub_id
 from matryoshka_lora.linalg.allocation import ranks_for_error
 from matryoshka_lora.linalg.factors import compose_errors
 from matryoshka_lora.lora.keys import PEFT_PREFIX, find_models
@@ -102,7 +103,8 @@ def extract(
     Args:
         base: The base model: a folder or a safetensors file, or ``owner/name`` on the
             Hugging Face Hub.
-        tuned: The fine-tuned model, in one of these forms.
+        tuned: The fine-tuned model, in one of these forms; or a DoRA adapter of the base model: a
+            folder that PEFT has saved, or with a key format a single file.
         output: The folder to write; with a key format, the ``.safetensors`` file.
         rank: R. With ``keep``, ``error`` or ``max_bytes``, an upper bound of each layer's rank.
         keep: Give each layer the smallest rank that keeps this share of the squared norm of D,
@@ -144,13 +146,22 @@ def extract(
             "another path, or pass or omit `key_format`."
         )
     base_model = open_model(local_path(base, MODEL_FILES, base_revision))
-    tuned_model = open_model(local_path(tuned, MODEL_FILES, tuned_revision))
-    files = [*base_model.files, *tuned_model.files]
+    tuned_path = local_path(tuned, TUNED_FILES, tuned_revision)
+    dora = open_dora(tuned_path)
+    tuned_model = base_model if dora else open_model(tuned_path)
+    files = [*base_model.files, *(dora or tuned_model).files]
     path = check_output(output, force, files, is_file=key_format is not None)
+    if dora and (dora.lora.container == "single") != (key_format is not None):
+        raise MatryoshkaError(
+            "A DoRA in one file becomes one file with `key_format`, and a folder becomes a folder "
+            "without. Pass or omit `key_format`."
+        )
 
     if key_format is not None:
         base_model, tuned_model = rename_for_pipeline(base_model, tuned_model)
     architecture = read_architecture(base_model)
+    if dora:
+        tuned_model = apply_dora(base_model, dora, architecture)
     diff = compare_models(base_model, tuned_model, architecture, modules_to_save)
     if key_format == "kohya":
         names = [name for name in diff.layers if name.startswith("transformer.")]

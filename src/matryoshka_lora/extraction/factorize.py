@@ -27,7 +27,7 @@ from matryoshka_lora.linalg.allocation import LayerSpectrum, ranks_for_error
 from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer, LayerKeys
 from matryoshka_lora.progress import progress_bar
-from matryoshka_lora.tensors import to_torch
+from matryoshka_lora.tensors import to_torch, to_torch_dtype
 
 # The rank that is tried first if a share is to be kept, or the error is limited.
 _FIRST_RANK = 64
@@ -97,7 +97,8 @@ def factorize_change(
 
     root = S.sqrt()
     A, B = root[:, None] * V.T, U * root
-    product = B.to(new.dtype).float() @ A.to(new.dtype).float()
+    factor_dtype = to_torch_dtype(weight.factor_dtype)
+    product = B.to(factor_dtype).float() @ A.to(factor_dtype).float()
     residual = float((matrix - product).double().norm() ** 2)
     if not weight.is_transposed:
         A = A.reshape(rank, *D.shape[1:])
@@ -206,7 +207,7 @@ def _read_or_factorize(
     keys = LayerKeys(*(f"{PEFT_PREFIX}{name}{suffix}" for suffix in DIFFUSERS_SUFFIXES))
     layer = Layer.from_tensors(name, stored["A"], stored["B"], 1.0, keys, source=str(file))
     # The factors are float32 in the file, and get the dtype of the weight in the output.
-    layer = replace(layer, dtype=weight.new.dtype, has_new_factors=True)
+    layer = replace(layer, dtype=weight.factor_dtype, has_new_factors=True)
     return layer, Change(**json.loads(metadata["change"]))
 
 

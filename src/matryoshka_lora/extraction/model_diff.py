@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, short, wrap_errors
 from matryoshka_lora.formats.safetensors_io import open_safetensors, read_json
+from matryoshka_lora.linalg.arrays import DType
 from matryoshka_lora.lora.keys import split_part
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.tensors import to_torch
@@ -255,6 +256,11 @@ class WeightPair(NamedTuple):
         num_rows = self.new.shape[0]
         return min(num_rows, math.prod(self.new.shape) // num_rows)
 
+    @property
+    def factor_dtype(self) -> DType:
+        """The dtype in which the factors of the change are written."""
+        return self.new.widened().dtype
+
     def is_unchanged(self) -> bool:
         """Return whether both are equal, or one is the other rounded to its dtype."""
         old, new = to_torch(self.old.read()), to_torch(self.new.read())
@@ -306,6 +312,8 @@ def compare_models(
     keys = sorted({*base.tensors, *tuned.tensors})
     for key in tqdm(keys, "comparing", leave=False, disable=None, delay=1):
         old, new = base.tensors.get(key), tuned.tensors.get(key)
+        if old is new:  # a weight that a DoRA does not change
+            continue
         name = _module_of(key)
         pair: WeightPair | None = None
         if old and new and old.shape == new.shape and old.is_factor == new.is_factor:

@@ -53,6 +53,9 @@ MODEL_FILES = (
 )
 """The files of a model's repository, without its tokenizer."""
 
+TUNED_FILES = ("*config.json", *MODEL_FILES[1:], "adapter_model.safetensors")
+"""The files of a model's or an adapter's repository, without its tokenizer."""
+
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.safetensors))?")
 
 
@@ -158,7 +161,7 @@ def local_path(
     folder = Path(snapshot)
     if filename:
         return folder / filename
-    if not (folder / patterns[0]).is_file():
+    if not any(folder.glob(patterns[0])):
         raise MatryoshkaError(
             f"{path} on the Hugging Face Hub has no {patterns[0]}. Pass a file of it, such as "
             f"{repo_id}/FILE.safetensors."

@@ -10,6 +10,7 @@ from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.nesting import check_rank, is_valid_scale
+from matryoshka_lora.registry import DORA_HINT
 
 # Fields of LoraConfig of variants whose update is not s B A, although their files hold factors.
 _UNSUPPORTED_VARIANTS = {
@@ -47,7 +48,8 @@ def check_plain_lora(config: Mapping[str, Any], name: str) -> None:
         )
     for option, variant in _UNSUPPORTED_VARIANTS.items():
         if config.get(option):
-            raise MatryoshkaError(f"{name}: {variant} is not supported ({option} is set).")
+            hint = f" {DORA_HINT}" if variant == "DoRA" else ""
+            raise MatryoshkaError(f"{name}: {variant} is not supported ({option} is set).{hint}")
     initialization = str(config.get("init_lora_weights")).lower()  # PEFT ignores the case too
     if initialization.startswith(_UNSUPPORTED_INITIALIZATIONS):
         raise MatryoshkaError(

@@ -51,7 +51,7 @@ from matryoshka_lora.lora.metadata import (
 )
 from matryoshka_lora.lora.save import Written
 from matryoshka_lora.nesting import is_valid_scale
-from matryoshka_lora.registry import Target
+from matryoshka_lora.registry import DORA_HINT, Target
 from matryoshka_lora.units import pluralize
 
 # The extra tensors of a layer: a magnitude (DoRA), a mid matrix, a bias of A.
@@ -93,7 +93,13 @@ def read(file: Path, alpha: float | None = None) -> Lora:
             f"{file} is not a LoRA that can be read. Pass a folder that PEFT has saved, or a "
             "file with the suffix .safetensors; rename a file with the suffix .sft."
         )
-    tensors, metadata = open_safetensors(file)
+    return from_tensors(*open_safetensors(file), file, alpha)
+
+
+def from_tensors(
+    tensors: Tensors, metadata: dict[str, str], file: Path, alpha: float | None = None
+) -> Lora:
+    """Return the LoRA of a file's tensors. See `read`."""
     original_error = pop_error(metadata)
     metadata.pop(NESTING_KEY, None)  # of a folder's weights, without their config
     order = metadata.pop(ORDER_KEY, None)
@@ -319,12 +325,14 @@ def _describe_conversions(layers: Sequence[Layer], tensors: Tensors) -> tuple[st
 
 
 def _no_layers_error(file: Path, tensors: Tensors) -> MatryoshkaError:
-    for key in sorted(tensors):
-        if _OTHER_METHODS.search(key):
-            return MatryoshkaError(
-                f"{file} contains {short(key)}. DoRA, OFT, and layers with a mid matrix or with an "
-                "alpha and a bias cannot be truncated. Use the file as it is."
-            )
+    copied = [key for key in sorted(tensors) if _OTHER_METHODS.search(key)]
+    if copied:
+        is_dora = any(re.search("dora_scale|magnitude", key) for key in copied)
+        return MatryoshkaError(
+            f"{file} contains {short(copied[0])}. DoRA, OFT, and layers with a mid matrix or with "
+            "an alpha and a bias cannot be truncated. "
+            + (DORA_HINT if is_dora else "Use the file as it is.")
+        )
     first_key = min(tensors, default="")
     return MatryoshkaError(
         f"{file} contains no LoRA: keys must end in lora_A.weight, lora_down.weight or "

@@ -20,6 +20,7 @@ from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor, sum_tensors
 from matryoshka_lora.lora.metadata import combined_metadata
 from matryoshka_lora.lora.transforms import TARGET_FIELDS
 from matryoshka_lora.progress import progress_bar, single_threaded
+from matryoshka_lora.registry import DORA_HINT
 
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
@@ -242,9 +243,12 @@ def _check_compatible(first: Lora, lora: Lora) -> None:
                 and np.array_equal(tensor.read(), first_tensor.read())
             )
         if not can_add:
+            hint = "Train without such tensors, or remove them from the files."
+            if key.endswith(".dora_scale"):
+                hint = f"It is DoRA. {DORA_HINT}"
             raise MatryoshkaError(
                 f"{lora.name} and {first.name} cannot be added, because {short(key)} is not a LoRA "
-                "factor. Train without such tensors, or remove them from the files."
+                f"factor. {hint}"
             )
 
 
