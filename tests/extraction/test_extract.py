@@ -469,7 +469,7 @@ def edit_q(model: Path, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def quantize(weight: Tensor) -> Tensor:
-    return weight.to(torch.float8_e4m3fn)
+    return (100 * weight).to(torch.int8)
 
 
 def without_the_second_block(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

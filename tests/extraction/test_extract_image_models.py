@@ -256,10 +256,94 @@ def test_an_unknown_model_is_rejected(tmp_path: Path) -> None:
         run(tmp_path, "kohya")
 
 
-def test_weights_in_fp8_are_rejected(tmp_path: Path) -> None:
-    for seed, name in enumerate(("base", "tuned")):
-        torch.manual_seed(seed)
-        weight = torch.randn(10, 8).to(torch.float8_e4m3fn)
-        save_file({"double_blocks.0.img_attn.qkv.weight": weight}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(MatryoshkaError, match="float8"):
+FLOAT8_KEY = "double_blocks.0.img_attn.qkv"
+
+
+def save_float8(
+    file: Path, weight: Tensor, dtype: torch.dtype, scale_name: str, scale: float
+) -> Tensor:
+    """Write a weight in float8, and return it as PyTorch and the scale give it."""
+    numbers = (weight / scale).to(dtype)
+    tensors = {
+        f"{FLOAT8_KEY}.weight": numbers,
+        "double_blocks.0.img_attn.proj.weight": torch.ones(8, 8).to(dtype),
+    }
+    if scale_name:
+        tensors[f"{FLOAT8_KEY}.{scale_name}"] = torch.tensor(scale)
+        tensors[f"{FLOAT8_KEY}.scale_input"] = torch.tensor(float(weight[0, 0]))
+        tensors["scaled_fp8"] = torch.zeros(0).to(dtype)
+    save_file(tensors, file)
+    return numbers.double() * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize(
+    ("scale_name", "scale"),
+    [("", 1.0), ("scale_weight", 0.003), ("weight_scale", 0.25), ("weight_scale_inv", 0.003)],
+)
+def test_float8_weights_are_multiplied_by_their_scale(
+    tmp_path: Path, dtype: torch.dtype, scale_name: str, scale: float
+) -> None:
+    torch.manual_seed(0)
+    old, change = torch.randn(24, 8), torch.randn(24, 8)
+    base = save_float8(tmp_path / "base.safetensors", old, dtype, scale_name, scale)
+    tuned = save_float8(tmp_path / "tuned.safetensors", old + change, dtype, "", 1.0)
+    result = run(tmp_path, "kohya")
+    assert not result.unsaved_tensors
+    output = tmp_path / "lora.safetensors"
+    assert load_file(output)["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"].dtype == (
+        torch.bfloat16
+    )
+    (update,) = read_updates(output).values()
+    expected = best_matrix((tuned - base).numpy(), R)
+    assert np.linalg.norm(update - expected) < 0.01 * np.linalg.norm(expected)
+    error = np.linalg.norm(update - (tuned - base).numpy()) / float((tuned - base).norm())
+    assert result.errors[R] == pytest.approx(error, rel=0.01)
+
+
+@pytest.mark.parametrize("float8_model", ["base", "tuned"])
+@pytest.mark.parametrize(("scale_name", "scale"), [("", 1.0), ("scale_weight", 0.0003)])
+def test_rounding_to_float8_is_reported_and_is_no_change_of_a_layer(
+    tmp_path: Path, float8_model: str, scale_name: str, scale: float
+) -> None:
+    """Small weights without a scale are subnormal numbers."""
+    torch.manual_seed(0)
+    weights = {"base": 0.02 * torch.randn(120, 120)}
+    weights["tuned"] = weights["base"] + 0.002 * torch.randn(120, 120)
+    kept = torch.randn(50, 40).bfloat16()
+    rounded = torch.empty(0)
+    for name, weight in weights.items():
+        tensors = {"blocks.0.self_attn.q.weight": weight, "blocks.0.self_attn.k.weight": kept}
+        if name == float8_model:
+            for key, tensor in [*tensors.items()]:
+                tensors[key] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+                if scale_name:
+                    tensors[key.replace("weight", scale_name)] = torch.tensor(scale)
+            rounded = tensors["blocks.0.self_attn.q.weight"].float() * scale - weight
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    result = run(tmp_path, "kohya")
+    assert [*result.ranks] == ["lora_unet_blocks_0_self_attn_q"]
+    change = weights["tuned"] - weights["base"]
+    change = change + rounded if float8_model == "tuned" else change - rounded
+    expected = float(rounded.square().sum() / change.square().sum())
+    assert result.rounding_share == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scale_name", "scales", "dtype"),
+    [
+        ("weight_scale_inv", torch.ones(1, 2), torch.float8_e4m3fn),
+        ("weight_scale", torch.ones(24, 1), torch.float8_e4m3fn),
+        ("scale_weight", torch.ones(1), torch.bfloat16),
+    ],
+    ids=["blocks", "rows", "bfloat16"],
+)
+def test_other_scales_are_rejected(
+    tmp_path: Path, scale_name: str, scales: Tensor, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(24, 8)
+    tensors = {f"{FLOAT8_KEY}.weight": weight.to(dtype), f"{FLOAT8_KEY}.{scale_name}": scales}
+    save_file(tensors, tmp_path / "base.safetensors")
+    save_file({f"{FLOAT8_KEY}.weight": weight + 1}, tmp_path / "tuned.safetensors")
+    with pytest.raises(MatryoshkaError, match=scale_name):
         run(tmp_path, "kohya")

@@ -202,7 +202,7 @@ def extract(
             other_tensors = {PEFT_PREFIX + key: tensor for key, tensor in saved.items()}
             lora = Lora(str(path), layers, other_tensors, config=config)
         else:
-            lora = Lora(str(path), layers, container="single").convert(key_format)
+            lora = Lora(str(base_model.path), layers, container="single").convert(key_format)
         lora = replace(lora, original_error=factors_error)
         if has_rank_only and key_format is None:
             lora = lora.nested()

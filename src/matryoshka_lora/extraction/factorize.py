@@ -21,11 +21,11 @@ from torch import Tensor
 
 from matryoshka_lora.atomic import replace_file
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, wrap_errors
-from matryoshka_lora.extraction.model_diff import WeightPair
+from matryoshka_lora.extraction.model_diff import Float8Tensor, WeightPair
 from matryoshka_lora.formats.safetensors_io import open_safetensors
 from matryoshka_lora.linalg.allocation import LayerSpectrum, ranks_for_error
 from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
-from matryoshka_lora.lora.layer import Layer, LayerKeys
+from matryoshka_lora.lora.layer import Layer, LayerKeys, StoredTensor
 from matryoshka_lora.progress import progress_bar
 from matryoshka_lora.tensors import to_torch, to_torch_dtype
 
@@ -43,7 +43,8 @@ class Change:
     Attributes:
         total: The squared Frobenius norm of D.
         residual: The squared norm of ``D - B A``, with the factors as they are written.
-        rounding: The expected part of ``total`` that comes from rounding to half precision.
+        rounding: The expected part of ``total`` that comes from rounding to half precision or
+            float8.
         singular_values: The singular values of ``B A``, decreasing.
     """
 
@@ -97,13 +98,16 @@ def factorize_change(
 
     root = S.sqrt()
     A, B = root[:, None] * V.T, U * root
-    factor_dtype = to_torch_dtype(weight.factor_dtype)
-    product = B.to(factor_dtype).float() @ A.to(factor_dtype).float()
+    written_dtype = to_torch_dtype(weight.new.dtype)
+    product = B.to(written_dtype).float() @ A.to(written_dtype).float()
     residual = float((matrix - product).double().norm() ** 2)
     if not weight.is_transposed:
         A = A.reshape(rank, *D.shape[1:])
         B = B.reshape(len(D), rank, *[1] * (D.ndim - 2))
-    return A, B, Change(total, residual, _expected_rounding(new), tuple(S.tolist()))
+    rounding = _expected_rounding(weight.new, new)
+    if isinstance(weight.old, Float8Tensor) and not isinstance(weight.new, Float8Tensor):
+        rounding = _expected_rounding(weight.old, old)  # much larger
+    return A, B, Change(total, residual, rounding, tuple(S.tolist()))
 
 
 def _largest_singular_values(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,17 +122,21 @@ def _largest_singular_values(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor,
     return U, S, V
 
 
-def _expected_rounding(weight: Tensor) -> float:
-    """Return the expected squared norm of the rounding error of a weight in half precision."""
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+def _expected_rounding(stored: StoredTensor, weight: Tensor) -> float:
+    """Return the expected squared norm of the rounding error of a weight of at most 16 bits."""
+    dtype, scale = weight.dtype, 1.0
+    if isinstance(stored, Float8Tensor):
+        dtype, scale = to_torch_dtype(stored.float8), stored.scale
+    elif dtype not in (torch.bfloat16, torch.float16):
         return 0.0
-    eps = torch.finfo(weight.dtype).eps
+    limits = torch.finfo(dtype)
     # The numbers in [2^(e-1), 2^e) are multiples of eps 2^(e-1). The error of rounding to multiples
     # of h is uniformly distributed, with variance h^2 / 12.
-    weight = weight[weight != 0].float()  # 0 is not rounded
+    weight = weight[weight != 0].float() / scale  # 0 is not rounded
     exponents = weight.frexp().exponent - 1
-    steps = eps * torch.exp2(exponents.double())
-    return float(steps.square().sum()) / 12
+    # Subnormal numbers, which float8 weights often are, have the step of the smallest normal one.
+    steps = limits.eps * torch.exp2(exponents.double()).clamp(min=limits.smallest_normal)
+    return float(steps.square().sum()) * scale**2 / 12
 
 
 def factorize_layers(
@@ -207,7 +215,7 @@ def _read_or_factorize(
     keys = LayerKeys(*(f"{PEFT_PREFIX}{name}{suffix}" for suffix in DIFFUSERS_SUFFIXES))
     layer = Layer.from_tensors(name, stored["A"], stored["B"], 1.0, keys, source=str(file))
     # The factors are float32 in the file, and get the dtype of the weight in the output.
-    layer = replace(layer, dtype=weight.factor_dtype, has_new_factors=True)
+    layer = replace(layer, dtype=weight.new.dtype, has_new_factors=True)
     return layer, Change(**json.loads(metadata["change"]))
 
 

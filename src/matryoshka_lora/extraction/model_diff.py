@@ -14,16 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, short, wrap_errors
 from matryoshka_lora.formats.safetensors_io import open_safetensors, read_json
-from matryoshka_lora.linalg.arrays import DType
+from matryoshka_lora.linalg.arrays import BFLOAT16, Array, DType
 from matryoshka_lora.lora.keys import split_part
 from matryoshka_lora.lora.layer import StoredTensor
-from matryoshka_lora.tensors import to_torch
+from matryoshka_lora.tensors import to_torch, to_torch_dtype
 
 # The weights of transformers and of diffusers, if they are in one file.
 _WEIGHTS_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -72,6 +73,25 @@ _PIPELINE_PREFIXES = (
 )
 
 
+# The scales of float8 weights by the program: ComfyUI, compressed-tensors and ComfyUI, DeepSeek.
+_SCALE_NAMES = ("scale_weight", "weight_scale", "weight_scale_inv")
+# Further tensors of such files that are no weights.
+_QUANTIZATION_NAMES = ("scale_input", "input_scale", "comfy_quant")
+
+
+@dataclass(frozen=True)
+class Float8Tensor(StoredTensor):
+    """A float8 tensor of a model. It is read in float32, and written in bfloat16.
+
+    Attributes:
+        float8: The dtype of the numbers in the file.
+        scale: The factor of these numbers.
+    """
+
+    float8: DType
+    scale: float
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """The files of a model.
@@ -94,8 +114,10 @@ class ModelFiles:
 def open_model(path: Path) -> ModelFiles:
     """Open a model: a folder, sharded or not, or a safetensors file.
 
+    A float8 weight is multiplied by its scale, if it has one.
+
     Raises:
-        MatryoshkaError: There are no weights, or a file is damaged.
+        MatryoshkaError: There are no weights, a file is damaged, or a weight has several scales.
     """
     files = [path]
     if path.is_dir():
@@ -117,7 +139,39 @@ def open_model(path: Path) -> ModelFiles:
         tensors |= open_safetensors(file)[0]
     config_file = path / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
-    return ModelFiles(path, files, tensors, config)
+    return ModelFiles(path, files, _scale_float8(tensors, path), config)
+
+
+def _scale_float8(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a model with its float8 weights multiplied by their scales."""
+    scaled: dict[str, StoredTensor] = {}
+    no_weights = {key for key in tensors if key.endswith("scaled_fp8")}
+    for key, tensor in tensors.items():
+        scale_keys: list[str] = []
+        if key.endswith(".weight") and (tensor.is_float8 or tensor.is_float):
+            module = key.removesuffix(".weight")
+            scale_keys = [f"{module}.{name}" for name in _SCALE_NAMES]
+            scale_keys = [scale_key for scale_key in scale_keys if scale_key in tensors]
+            no_weights |= {*scale_keys, *(f"{module}.{name}" for name in _QUANTIZATION_NAMES)}
+        for scale_key in scale_keys:
+            if tensor.is_float or math.prod(tensors[scale_key].shape) != 1:
+                raise MatryoshkaError(
+                    f"{path}: {short(scale_key)} of shape {list(tensors[scale_key].shape)} scales "
+                    f"a weight in {tensor.dtype}. Only float8 weights with one scale each can be "
+                    "read. Pass the model in bf16, fp16 or fp32."
+                )
+        if tensor.is_float8:
+            scales = [float(tensors[scale_key].read().item()) for scale_key in scale_keys]
+            tensor = _float8_tensor(tensor, math.prod(scales))
+        scaled[key] = tensor
+    return {key: tensor for key, tensor in scaled.items() if key not in no_weights}
+
+
+def _float8_tensor(tensor: StoredTensor, scale: float) -> Float8Tensor:
+    def read() -> Array:
+        return tensor.read().astype(np.float32) * np.float32(scale)
+
+    return Float8Tensor(BFLOAT16, tensor.shape, read, tensor.dtype, scale)
 
 
 def rename_for_pipeline(base: ModelFiles, tuned: ModelFiles) -> tuple[ModelFiles, ModelFiles]:
@@ -256,17 +310,22 @@ class WeightPair(NamedTuple):
         num_rows = self.new.shape[0]
         return min(num_rows, math.prod(self.new.shape) // num_rows)
 
-    @property
-    def factor_dtype(self) -> DType:
-        """The dtype in which the factors of the change are written."""
-        return self.new.widened().dtype
-
     def is_unchanged(self) -> bool:
         """Return whether both are equal, or one is the other rounded to its dtype."""
         old, new = to_torch(self.old.read()), to_torch(self.new.read())
         if old.is_floating_point() != new.is_floating_point():
             return False
-        return torch.equal(old.to(new.dtype), new) or torch.equal(old, new.to(old.dtype))
+        return torch.equal(_round_as(self.new, old, new.dtype), new) or torch.equal(
+            old, _round_as(self.old, new, old.dtype)
+        )
+
+
+def _round_as(tensor: StoredTensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in the precision in which a file has a tensor, as a tensor of a dtype."""
+    if isinstance(tensor, Float8Tensor):
+        numbers = (weight.float() / tensor.scale).to(to_torch_dtype(tensor.float8))
+        return numbers.float() * tensor.scale
+    return weight.to(dtype)
 
 
 class ModelDiff(NamedTuple):
