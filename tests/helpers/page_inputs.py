@@ -42,6 +42,8 @@ def write_inputs(folder: Path) -> None:
     for number, name in enumerate(PEFT_FOLDERS):
         base = AutoModelForCausalLM.from_pretrained(folder / "base-model")
         plain_adapter(folder / name, base, r=8 + number)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base-model")
+    plain_adapter(folder / "dora", base, use_dora=True)
     for number, (name, layer) in enumerate(SINGLE_FILES.items()):
         shapes = dict.fromkeys([layer, TEXT_ENCODER], (WIDTH, WIDTH))
         save_random_lora(folder / name, shapes, has_alpha=True, seed=number)
@@ -82,7 +84,7 @@ def write_lokr(file: Path) -> None:
 
 
 def write_flux_models(folder: Path) -> None:
-    """Write a checkpoint of Flux, and the same with a change of rank 2 in one layer."""
+    """Write a checkpoint of Flux, the same with a change of rank 2 in one layer, and a DoRA."""
     generator = np.random.default_rng(0)
     weights: dict[str, np.ndarray] = {}
     for name, shape in layout("flux").items():
@@ -93,3 +95,6 @@ def write_flux_models(folder: Path) -> None:
     B = generator.standard_normal((rows, 2), dtype=np.float32)
     A = generator.standard_normal((2, inputs), dtype=np.float32)
     save_file({**weights, name: weights[name] + B @ A}, folder / "tuned.safetensors")
+    layer = SINGLE_FILES["flux-lora.safetensors"]
+    dora = {"lora_up.weight": B, "lora_down.weight": A, "dora_scale": np.abs(B[:, :1])}
+    save_file({f"{layer}.{key}": value for key, value in dora.items()}, folder / "dora.safetensors")

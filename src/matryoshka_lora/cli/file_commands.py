@@ -251,7 +251,12 @@ def extract(
             metavar="BASE", help="The model before fine-tuning: a folder, a file or a Hub id."
         ),
     ],
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The model after fine-tuning.")],
+    tuned: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TUNED", help="The model after fine-tuning, or a DoRA of the base model."
+        ),
+    ],
     output: OutputOption,
     rank: Annotated[
         int | None,
