@@ -36,7 +36,7 @@ ANSWERS_CAVEAT = "The error does not predict the quality of answers. Run `matryo
 PICTURES_CAVEAT = "The error does not predict what pictures look like. Run `matryoshka preview`."
 """The caveat of image models."""
 
-DORA_HINT = "With its base model, extract writes the closest LoRA."
+DORA_HINT = "With its base model, `matryoshka extract BASE DORA` writes the closest LoRA."
 """What users of a DoRA adapter can do."""
 
 

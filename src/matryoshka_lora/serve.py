@@ -30,6 +30,7 @@ from matryoshka_lora.formats.vllm import (
 )
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.nesting import check_ranks
+from matryoshka_lora.text import with_name
 from matryoshka_lora.units import pluralize
 
 logger = logging.getLogger(__name__)
@@ -195,12 +196,12 @@ def _open_all(
     adapters, problems = select_for_vllm(opened, base_model, base_revision)
     failed |= problems
     for name in sorted(failed):
-        logger.warning("%s cannot be served: %s", name, failed[name])
+        logger.warning("Not served: %s", with_name(name, failed[name]))
     if failed and not (skip_bad and adapters):
         hint = " Correct or remove them, or pass `skip_bad=True`." if adapters else ""
         raise MatryoshkaError(
-            f"{len(failed)} of {pluralize(len(folders), 'adapter')} cannot be served, such as "
-            f"{min(failed)}: {failed[min(failed)]}{hint}"
+            f"{len(failed)} of {pluralize(len(folders), 'adapter')} cannot be served. The first: "
+            f"{with_name(min(failed), failed[min(failed)])}{hint}"
         )
     return {Path(name): adapter for name, adapter in adapters.items()}
 

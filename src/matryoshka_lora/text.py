@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median_low
 
 from matryoshka_lora.errors import printable
 from matryoshka_lora.units import format_size
+
+
+def with_name(name: str, reason: str) -> str:
+    """Return why something with a name failed. Most reasons begin with its path already."""
+    begins_with_path = re.match(rf"(.*[/\\])?{re.escape(name)}(?!\w)", reason)
+    return reason if begins_with_path else f"{name}: {reason}"
 
 
 def format_table(

@@ -283,7 +283,7 @@ def test_a_lora_of_a_folder_that_fails_is_an_error(workspace: Path, run: Run) ->
     code, stdout, stderr = run("export . --rank 4 -o small")
     assert code == 1
     assert "nested" in stdout
-    assert "error: broken" in stderr
+    assert "error: Not exported: broken" in stderr
     assert run("info .")[0] == 1
     assert run("export . --rank 4 -o again --skip-bad")[0] == 0
 

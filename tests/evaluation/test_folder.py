@@ -153,5 +153,5 @@ def test_the_table_marks_the_best_and_the_selected_rank() -> None:
     assert rows[:4] == cells
     text = str(result)
     assert "bad: No rank is better than the base model" in text
-    assert "c was not evaluated: a reason" in text
+    assert "Not evaluated: c: a reason" in text
     assert result.selected_ranks == {"a": 4, "b": 8}

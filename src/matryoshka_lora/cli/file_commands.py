@@ -48,6 +48,7 @@ from matryoshka_lora.cli.terminal import (
     with_flags,
 )
 from matryoshka_lora.registry import FORMATS, ImageKeyFormat
+from matryoshka_lora.text import with_name
 
 if TYPE_CHECKING:
     from matryoshka_lora.operations.export import ExportOptions, ExportResult
@@ -377,7 +378,7 @@ def export(
         folder_result = export_folder(lora, output, rank_or_ranks, format, **options)
         typer.echo(folder_result)
         for name, reason in folder_result.failed.items():
-            print_line(f"error: {name} was not exported: {reason}", err=True)
+            print_line(f"error: Not exported: {with_name(name, reason)}", err=True)
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
     result = run_export(
         lora, output, rank_or_ranks, format, revision=revision, alpha=alpha, **options

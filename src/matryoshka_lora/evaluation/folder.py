@@ -17,7 +17,7 @@ from matryoshka_lora.examples import prompt_and_completion, read_examples
 from matryoshka_lora.formats.open import find_loras, open_adapter
 from matryoshka_lora.formats.peft_folder import base_model_of
 from matryoshka_lora.lora.lora import Lora
-from matryoshka_lora.text import format_table, join_lines
+from matryoshka_lora.text import format_table, join_lines, with_name
 from matryoshka_lora.units import pluralize
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class FolderEvaluation:
                 cells.append("" if value is None else f"{value:.3f}{' *'[rank == best_rank]}")
             cells += [selected, str(result.num_examples), result.metric_name]
             rows.append([*cells, *[task] * have_tasks, name])
-        problems += [f"{name} was not evaluated: {why}" for name, why in self.failed.items()]
+        problems += [f"Not evaluated: {with_name(name, why)}" for name, why in self.failed.items()]
         lines = [
             *format_table(rows, indent="", left_aligned=2 + have_tasks),
             "*: the best rank",
@@ -195,13 +195,13 @@ def evaluate_folder(
         except MatryoshkaError as error:
             failed |= {name: str(error) for name, job in jobs.items() if job.base_model == base}
     for name in sorted(failed):
-        logger.warning("%s cannot be evaluated: %s", name, failed[name])
+        logger.warning("Not evaluated: %s", with_name(name, failed[name]))
     names = sorted(jobs.keys() - failed.keys(), key=lambda name: (str(jobs[name].base_model), name))
     if failed and not (skip_bad and names):
         hint = " Correct or remove them, or pass `skip_bad=True`." if names else ""
         raise MatryoshkaError(
-            f"{len(failed)} of {pluralize(len(paths), 'adapter')} cannot be evaluated, such as "
-            f"{min(failed)}: {failed[min(failed)]}{hint}"
+            f"{len(failed)} of {pluralize(len(paths), 'adapter')} cannot be evaluated. The first: "
+            f"{with_name(min(failed), failed[min(failed)])}{hint}"
         )
 
     PartialState(cpu=not torch.accelerator.is_available())  # it selects the device of this process

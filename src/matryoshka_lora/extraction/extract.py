@@ -151,11 +151,10 @@ def extract(
     tuned_model = base_model if dora else open_model(tuned_path)
     files = [*base_model.files, *(dora or tuned_model).files]
     path = check_output(output, force, files, is_file=key_format is not None)
-    if dora and (dora.lora.container == "single") != (key_format is not None):
-        raise MatryoshkaError(
-            "A DoRA in one file becomes one file with `key_format`, and a folder becomes a folder "
-            "without. Pass or omit `key_format`."
-        )
+    if dora and dora.lora.container == "single" and key_format is None:
+        raise MatryoshkaError(f"{tuned} is a DoRA in one file. Pass `key_format`.")
+    if dora and dora.lora.container == "peft" and key_format is not None:
+        raise MatryoshkaError(f"{tuned} is a DoRA in a folder. Omit `key_format`.")
 
     if key_format is not None:
         base_model, tuned_model = rename_for_pipeline(base_model, tuned_model)

@@ -132,7 +132,8 @@ def open_model(path: Path) -> ModelFiles:
             files = sorted(shards)
         if not files:
             raise MatryoshkaError(
-                f"{path} has no {' or '.join(_WEIGHTS_NAMES)}. Pass one of its files."
+                f"{path} has no {' or '.join(_WEIGHTS_NAMES)}. Pass the folder or the safetensors "
+                "file of a whole model."
             )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -401,7 +402,9 @@ def compare_models(
     if not layers:
         key = min(others, default="")
         if not others:
-            reason = "No linear layer and no convolution changed."
+            reason = (
+                "No linear layer and no convolution changed. Pass a model and its tuned version."
+            )
         elif architecture.modules and not changed_modules & architecture.modules.keys():
             reason = (
                 "The class of the model has no module of the weights that changed, e.g. "

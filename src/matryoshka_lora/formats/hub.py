@@ -152,7 +152,7 @@ def local_path(
         snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines()
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        reason = lines[0].removeprefix("Got: ").rstrip(".") if lines else type(error).__name__
         raise MatryoshkaError(
             f"{path} is neither a path nor available on the Hugging Face Hub ({reason}). A "
             "private repository needs `hf auth login`. Offline, only what has been downloaded "

@@ -56,12 +56,12 @@ def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
 
 
 def find_loras(folder: PathLike) -> list[Path]:
-    """Return the LoRAs in a folder, sorted by name; none if the folder itself is one.
+    """Return the LoRAs in a folder, sorted by name; none if the folder is a LoRA or a model.
 
     Hidden files are not LoRAs: they may be unfinished outputs.
     """
     path = Path(folder)
-    if not path.is_dir() or (path / CONFIG_NAME).exists():
+    if not path.is_dir() or (path / CONFIG_NAME).exists() or (path / "config.json").is_file():
         return []
     return [
         entry

@@ -38,6 +38,7 @@ from matryoshka_lora.text import (
     format_table,
     join_lines,
     mark_large_errors,
+    with_name,
 )
 from matryoshka_lora.units import format_size, parse_share, parse_size, pluralize
 
@@ -523,8 +524,8 @@ def export_folder(
         if not exported:
             name = next(path.name for path in paths if path.name in failed)
             raise MatryoshkaError(
-                f"{pluralize(len(failed), 'LoRA')} in {source} could not be exported. The first is "
-                f"{short(name)}: {failed[name]}"
+                f"{pluralize(len(failed), 'LoRA')} in {source} could not be exported. The first: "
+                f"{with_name(name, failed[name])}"
             )
     failed = {path.name: failed[path.name] for path in paths if path.name in failed}
     return ExportFolderResult(Path(output), tuple(exported), failed, skipped)

@@ -36,6 +36,7 @@ from matryoshka_lora.text import (
     format_table,
     join_lines,
     mark_large_errors,
+    with_name,
 )
 from matryoshka_lora.units import format_size, parse_share, pluralize
 
@@ -273,7 +274,7 @@ class FolderInfo:
             lines.append("  error: against the original, which the file was truncated from")
         if any("*" in error for error in errors):
             lines.append(f"  {LARGE_ERROR}")
-        lines += [f"{name} cannot be read: {reason}" for name, reason in self.failed.items()]
+        lines += [f"Not read: {with_name(name, why)}" for name, why in self.failed.items()]
         weighted = [name for name, info in self.loras.items() if info.weighted_errors]
         if weighted:
             lines.append(f"The error of {', '.join(weighted)} is a weighted error.")
@@ -380,7 +381,7 @@ def info_folder(
         except MatryoshkaError as failure:
             failed[path.name] = str(failure)
     if not loras:
-        reasons = "".join(f" {name}: {reason}" for name, reason in list(failed.items())[:1])
+        reasons = "".join(f" {with_name(name, why)}" for name, why in list(failed.items())[:1])
         raise MatryoshkaError(f"{folder} contains no LoRA that can be read.{reasons}")
     return FolderInfo(loras, failed, max_error)
 
