@@ -51,7 +51,7 @@ def read_adapter(key: str, name: str, adapter: Any) -> ml.Layer | None:
     if weights.pop("dora_scale") is not None:
         raise ml.MatryoshkaError(
             f"The change of {key} is DoRA, which depends on the weight and cannot be saved as a "
-            "LoRA. Remove its loader from the graph."
+            "LoRA. Remove its loader from the graph, or convert the file with matryoshka extract."
         )
     if weights.pop("reshape_weight", None) is not None:
         raise ml.MatryoshkaError(

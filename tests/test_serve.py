@@ -158,10 +158,7 @@ def test_each_bad_adapter_of_a_folder_is_named_and_may_be_skipped(
     with pytest.raises(MatryoshkaError, match=r"4 of 6.*skip_bad"):
         serve(folder, dry_run=True)
     lines = {
-        name: line
-        for line in caplog.messages
-        for name in keywords
-        if str(folder / name) in line
+        name: line for line in caplog.messages for name in keywords if str(folder / name) in line
     }
     assert all(keyword in lines[name] for name, keyword in keywords.items())
 

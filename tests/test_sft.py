@@ -397,8 +397,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_a_run_killed_while_its_ranks_are_trained_takes_no_further_step(
-    config_file: Path, monkeypatch: pytest.MonkeyPatch
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "matryoshka_lora")
     config = read_config(config_file, ["nesting.train_ranks=true", "nesting.rule=lora"])
     with monkeypatch.context() as patch:
         kill_in(patch, NestedAdapter, "train_ranks", lambda *args: True)
@@ -410,6 +411,7 @@ def test_a_run_killed_while_its_ranks_are_trained_takes_no_further_step(
     assert result.train_ranks is not None
     assert (result.order, result.train_ranks.outcome) == ("svd", "kept")
     assert peft_folder.read(result.path).small_rank == result.train_ranks.small_rank > 0
+    assert str(result.path / "small") in caplog.text
     assert state.read_bytes() == before
 
 

@@ -32,6 +32,7 @@ from matryoshka_lora.errors import (
     wrap_errors,
 )
 from matryoshka_lora.formats import peft_folder
+from matryoshka_lora.formats.hub import SMALL_FOLDER
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
 from matryoshka_lora.lora.results import TrainRanksResult
 from matryoshka_lora.nesting import Deploy, Order, Scaling, check_ranks
@@ -466,5 +467,6 @@ def _train_ranks_and_save(
         return TrainResult(path, train_ranks=ranks_result)
     trainer.processing_class.save_pretrained(path)
     lora = peft_folder.read(path)
-    logger.info("Saved %s (order: %s, deploy: %s).", path, lora.order, lora.deploy)
+    small = f" The low ranks are in {path / SMALL_FOLDER}." if lora.small else ""
+    logger.info("Saved %s (order: %s, deploy: %s).%s", path, lora.order, lora.deploy, small)
     return TrainResult(path, lora.order, lora.deploy, ranks_result)

@@ -174,6 +174,8 @@ def test_other_folders_are_rejected_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match=f"{tmp_path.name}/a"):
         ml.open(tmp_path)
     (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert find_loras(tmp_path) == []
     with pytest.raises(MatryoshkaError, match="full model"):
         ml.open(tmp_path)
 
