@@ -372,6 +372,7 @@ def ordinary_findings() -> str:
     runs = read("research/runs/low-ordinary.jsonl")
     for task in load_study("low-ordinary").tasks:
         cuts = [run["cost"]["cuts"] for run in runs if run["job"]["task"] == task]
+        cuts = [cut for cut in cuts if "trained" in cut]
         num_kept = sum(cut["trained"]["outcome"] == "kept" for cut in cuts)
         kept.append(f"{num_kept} of {len(cuts)} on `{task}`")
     again, longer_run = (
