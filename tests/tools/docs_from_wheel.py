@@ -48,7 +48,8 @@ factors = {
     f"{name}.lora_up.weight": B,
     f"{name}.alpha": np.array(4.0, dtype=np.float32),
 }
-save_file(factors, "lora.safetensors")
+for name in ("lora", "a", "b"):
+    save_file(factors, f"{name}.safetensors")
 pathlib.Path("loras").mkdir()
 save_file(factors, "loras/one.safetensors")
 """
