@@ -54,7 +54,7 @@ def facts256() -> str:
 def low_256() -> str:
     """256 facts, with the `train_ranks` of version 0.5."""
     ranks = (1, 2, 3, 4, 6, 8, 32)
-    methods = ("lora/svd", TRAINED, "lora/trained-1.0", "lora/squeezed")
+    methods = ("lora/svd", "lora/trained-0.25", TRAINED, "lora/trained-1.0", "lora/squeezed")
     return facts_table("low-256", "256 facts", methods, ranks, LOW_NAMES)
 
 
