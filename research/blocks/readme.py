@@ -64,13 +64,15 @@ def readme_findings() -> str:
     one_run_1 = points(difference("headline", LORA_EACH, accuracy_at(1), "lora/svd"))
     tokens, _ = price("headline", LORA_EACH)
     bullets = [
-        f"""* **One run instead of six.** LoRA trained at each of six ranks costs {tokens} times the
-        tokens of one run and `reorder`. In the mean over the ranks, no difference was found: the
+        f"""* **One run instead of six, on ordinary tasks.** LoRA trained at each of six ranks
+        costs {tokens} times the tokens of one run and `reorder`.
+        In the mean over the ranks, no difference was found: the
         one run has {one_run} points more. At rank 1 it has {one_run_1} points less (three ordinary
         tasks, *family* among them; five seeds; coarse grids of learning rates).""",
         f"""* **Where R still improves, train longer.** In *family*, that is better than
         `train_ranks` at rank 2 and above for the same tokens, and R gains {longer} points.
-        **Where R has learned the task and a low rank has not, as in *facts*, use `train_ranks`.**
+        **In *facts*, where R has learned the task and a low rank has not, `train_ranks` is
+        better.**
         A trained rank may be better than R, which stays as it is: it has seen more examples.""",
         f"""* **If you deploy rank 1 or 2 only, train at that rank**: it costs one run, and is often
         better. With `o_proj` and `down_proj` alone to learn the facts, LoRA at rank 2 is better
@@ -89,8 +91,8 @@ def readme_export() -> str:
     seconds = {verb: f"{file[verb]['cpu_seconds']:.0f}" for verb in ("rank", "error")}
     memory = 2**20 / 1e6 * max(file[verb]["peak_MiB"] for verb in seconds)
     return (
-        f"A file of {sizes['read']} (Flux, rank 64, with random weights) becomes {sizes['rank']} "
-        f"with `--rank 8`, in {seconds['rank']} seconds of one core;\n"
+        f"A file of {sizes['read']} (Flux, rank 64, random weights: for speed only) becomes "
+        f"{sizes['rank']} with `--rank 8`, in {seconds['rank']} seconds of one core;\n"
         f"`--error 10%` takes {seconds['error']} seconds. Both need {memory:.0f} MB of memory, and "
         "no GPU ([how it was measured](docs/performance.md))."
     )
