@@ -63,6 +63,12 @@ def readme_findings() -> str:
     one_run = points(difference("headline", "lora/svd", aurac_log2, LORA_EACH))
     one_run_1 = points(difference("headline", LORA_EACH, accuracy_at(1), "lora/svd"))
     tokens, _ = price("headline", LORA_EACH)
+    small_ranks = [
+        run["cost"]["cuts"]["trained"]["small_rank"]
+        for study in ("low-ordinary", "low-256", "low-512", "low-capacity")
+        for run in read(f"research/runs/{study}.jsonl")
+        if "trained" in run["cost"].get("cuts", {})
+    ]
     bullets = [
         f"""* **One run instead of six, on ordinary tasks.** LoRA trained at each of six ranks
         costs {tokens} times the tokens of one run and `reorder`.
@@ -73,7 +79,8 @@ def readme_findings() -> str:
         `train_ranks` at rank 2 and above for the same tokens, and R gains {longer} points.
         **In *facts*, where R has learned the task and a low rank has not, `train_ranks` is
         better.**
-        A trained rank may be better than R, which stays as it is: it has seen more examples.""",
+        A trained rank may be better than R, which stays as it is: it has seen more examples.
+        The small adapters here have rank {min(small_ranks)} to {max(small_ranks)}.""",
         f"""* **If you deploy rank 1 or 2 only, train at that rank**: it costs one run, and is often
         better. With `o_proj` and `down_proj` alone to learn the facts, LoRA at rank 2 is better
         than rank 2 of `train_ranks` by {to_lora} points

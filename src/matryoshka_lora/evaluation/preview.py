@@ -313,7 +313,7 @@ def preview(
     loras: dict[str, Lora | None] = {_WHOLE_LORA: whole, _NO_LORA: None, **settings}
     drawings: dict[str, list[tuple[Image.Image, Tensor]]] = {}
     notes = lora.notes
-    if any(name.endswith("trained") for name in settings):
+    if any(setting.get("rank", math.inf) <= lora.small_rank for setting in options.values()):
         notes += (
             "Trained ranks have pictures of their own, so the distance does not rate them. "
             "Look at the pictures.",

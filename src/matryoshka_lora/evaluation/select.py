@@ -110,10 +110,7 @@ class Selection:
         lines.append(f"{summary}; {pluralize(result.num_examples, 'question')}")
         differences = self.differences()
         if differences:
-            lines.append(
-                f"Compared with rank {self.rank}, ± one standard error of the difference, which "
-                "counts two more questions:"
-            )
+            lines.append(f"Compared with rank {self.rank}, ± one standard error of the difference:")
         for rank, difference in differences.items():
             lines.append(f"  {f'rank {rank}' if rank else 'the base model'} is {difference}")
         for name, metric in result.metrics.items():

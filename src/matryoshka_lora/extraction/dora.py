@@ -142,11 +142,11 @@ def apply_dora(base: ModelFiles, dora: Dora, architecture: Architecture) -> Mode
         if is_transposed:
             shape = shape[::-1]
         if weight is None or (shape[0], math.prod(shape[1:])) != size:
-            found = f"a weight of {list(weight.shape)}" if weight else "no such weight"
+            weight_of_base = f"a weight of {list(weight.shape)}" if weight else "no such weight"
             raise MatryoshkaError(
                 f"{lora.name} has the layer {short(layer.name)} of {size[1]} inputs and {size[0]} "
-                f"outputs, but {base.path} has {found}. Pass the base model that it was trained "
-                "on, as the program that trained it reads it."
+                f"outputs, but {base.path} has {weight_of_base}. Pass the base model that it "
+                "was trained on, as the program that trained it reads it."
             )
         magnitude = dora.magnitudes.get(layer.name)
         dim = 0  # of the norms, in the order (out, in)
