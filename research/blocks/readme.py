@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from textwrap import fill
 
 from research.blocks.shared import (
     block,
     difference,
     median_and_lowest,
+    percent,
     points,
     price,
     read,
@@ -16,78 +19,105 @@ from research.blocks.shared import (
 )
 from research.curves import of_method, reference_accuracies
 from research.looks import NAMES, TRAINED
-from research.stats import accuracy_at, aurac_log2
-from research.study import LORA_EACH
+from research.plan import Result
+from research.stats import accuracy_at
+from research.study import LORA_EACH, ROOT
 
-_README_RANKS = (1, 2, 4, 8, 32)
+_README_RANKS = (1, 2, 4, 32)
+_LOW_RANKS = (1, 2, 4)
 _ORDINARY_TASK = "family_relationships"
+_LONGER = "lora-longer/svd"
+_METHODS = {
+    "lora/svd": "LoRA, then `reorder`",
+    _LONGER: "LoRA for half as long again, then `reorder`",
+    TRAINED: "**LoRA, then `train_ranks`**",
+    "lora/trained-1.0": "the same, with `max_examples=1.0`",
+}
+_STUDIES = {"family": ("low-ordinary", _ORDINARY_TASK), "facts": ("low-256", "facts-256")}
 
 
 @block
 def readme_table() -> str:
     """The table of README: an ordinary task, and one that fills a rank."""
-    names = {
-        "lora/svd": "LoRA, then `reorder`",
-        "lora-longer/svd": "LoRA for half as long again, then `reorder`",
-        TRAINED: "**LoRA, then `train_ranks`**",
-        "lora/trained-1.0": "the same, with `max_examples=1.0`",
-    }
-    rows = [[f"{task}, rank {rank}"] for task in ("family", "facts") for rank in _README_RANKS]
+    rows = [[f"*{name}*, rank {rank}"] for name in _STUDIES for rank in _README_RANKS]
     rows += [["tokens"], ["seconds"], ["seeds of *family*, of *facts*"]]
-    for method in names:
-        is_longer = method == "lora-longer/svd"
-        ordinary, facts = ("ordinary", "every256") if is_longer else ("low-ordinary", "low-256")
-        measures = [accuracy_at(rank) for rank in _README_RANKS]
-        cells = [median_and_lowest(ordinary, method, m, _ORDINARY_TASK) for m in measures]
-        cells += [median_and_lowest(facts, method, measure) for measure in measures]
-        cells += price(facts, method)
-        seeds = len(of_method(ordinary, method, _ORDINARY_TASK)), len(of_method(facts, method))
-        cells.append(f"{seeds[0]}, {seeds[1]}")
-        for row, cell in zip(rows, cells, strict=True):
+    for method in _METHODS:
+        cells = [
+            median_and_lowest(study, method, accuracy_at(rank), task)
+            for study, task in _STUDIES.values()
+            for rank in _README_RANKS
+        ]
+        cells += price("low-256", method)
+        seeds = [str(len(of_method(study, method, task))) for study, task in _STUDIES.values()]
+        for row, cell in zip(rows, [*cells, ", ".join(seeds)], strict=True):
             row.append(cell)
-    num_references = len(reference_accuracies(1))
-    blanks = [""] * len(_README_RANKS)
-    cells = [*blanks, *reference_cells(_README_RANKS), "1.00 each", "", f"0, {num_references}"]
+    family = [
+        median_and_lowest("low-ordinary", LORA_EACH, accuracy_at(rank), _ORDINARY_TASK)
+        if rank in _LOW_RANKS
+        else ""
+        for rank in _README_RANKS
+    ]
+    seeds = [
+        str(len(of_method("low-ordinary", LORA_EACH, _ORDINARY_TASK))),
+        str(len(reference_accuracies(1))),
+    ]
+    cells = [*family, *reference_cells(_README_RANKS), "1.00 each", "", ", ".join(seeds)]
     for row, cell in zip(rows, cells, strict=True):
         row.append(cell)
-    return table(["", *names.values(), NAMES[LORA_EACH]], rows)
+    return table(["", *_METHODS.values(), NAMES[LORA_EACH]], rows)
 
 
 @block
 def readme_findings() -> str:
     """The bullets below the table: what a sceptic would ask."""
-    longer = points(
-        difference("ordinary", "lora-longer/svd", accuracy_at(32), "lora/svd", _ORDINARY_TASK)
-    )
-    to_lora = points(difference("low-capacity", LORA_EACH, accuracy_at(2), TRAINED))
-    one_run = points(difference("headline", "lora/svd", aurac_log2, LORA_EACH))
-    one_run_1 = points(difference("headline", LORA_EACH, accuracy_at(1), "lora/svd"))
-    tokens, _ = price("headline", LORA_EACH)
+
+    def of_family(method: str, rank: int, minus: str) -> str:
+        return points(difference("low-ordinary", method, accuracy_at(rank), minus, _ORDINARY_TASK))
+
+    def loss_of(rank: int) -> str:
+        def points_lost(result: Result) -> float:
+            accuracies = dict(zip(result.ranks, result.curve.accuracy, strict=True))
+            return accuracies[max(result.ranks)] - accuracies[rank]
+
+        return percent("low-ordinary", "lora/svd", points_lost, _ORDINARY_TASK)
+
+    num_each = len(of_method("low-ordinary", LORA_EACH, _ORDINARY_TASK))
+    each = ", ".join(of_family(LORA_EACH, rank, "lora/svd") for rank in _LOW_RANKS)
     small_ranks = [
         run["cost"]["cuts"]["trained"]["small_rank"]
-        for study in ("low-ordinary", "low-256", "low-512", "low-capacity")
+        for study, _ in _STUDIES.values()
         for run in read(f"research/runs/{study}.jsonl")
         if "trained" in run["cost"].get("cuts", {})
     ]
     bullets = [
-        f"""* **One run instead of six, on ordinary tasks.** LoRA trained at each of six ranks
-        costs {tokens} times the tokens of one run and `reorder`.
-        In the mean over the ranks, no difference was found: the
-        one run has {one_run} points more. At rank 1 it has {one_run_1} points less (three ordinary
-        tasks, *family* among them; five seeds; coarse grids of learning rates).""",
+        f"""* **Without training, *family* loses {loss_of(4)} points at rank 4, and {loss_of(1)} at
+        rank 1**, compared with R. LoRA trained at the ranks 1, 2 and 4, a run each, differs from
+        `reorder` by {each} points ({num_each} seeds).""",
         f"""* **Where R still improves, train longer.** In *family*, that is better than
-        `train_ranks` at rank 2 and above for the same tokens, and R gains {longer} points.
-        **In *facts*, where R has learned the task and a low rank has not, `train_ranks` is
-        better.**
-        A trained rank may be better than R, which stays as it is: it has seen more examples.
-        The small adapters here have rank {min(small_ranks)} to {max(small_ranks)}.""",
-        f"""* **If you deploy rank 1 or 2 only, train at that rank**: it costs one run, and is often
-        better. With `o_proj` and `down_proj` alone to learn the facts, LoRA at rank 2 is better
-        than rank 2 of `train_ranks` by {to_lora} points
+        `train_ranks` at rank 2 and above for the same tokens, and R gains
+        {of_family(_LONGER, 32, "lora/svd")} points.""",
+        f"""* **Where R has learned the task and a low rank has not, as in *facts*,
+        `train_ranks` is better.** A trained rank may be better than R, which stays as it is: it has
+        seen more examples. The small adapters here have rank {min(small_ranks)} to
+        {max(small_ranks)}.""",
+        """* **If you deploy rank 1 or 2 only, train at that rank**: it costs one run, and is
+        sometimes better, by far if few layers are adapted
         ([details](docs/results.md#where-rank-matters)).""",
     ]
     lines = [fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets]
     return "\n".join(["± is half of a 95 % interval over seeds.", "", *lines])
+
+
+@block
+def readme_sample() -> str:
+    """What `info` and `export --error` say of a LoRA that was trained."""
+    text = Path(ROOT, "research/runs/sample.txt").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.endswith(("%", "kept"))]
+    before, after = re.findall(r"([0-9.]+MB) -> ([0-9.]+MB)", text)[0]
+    return (
+        "`info` of a LoRA that was trained here, that of *family* [below](#what-was-measured). "
+        f"With `--error 10%`, its {before} become {after}:\n\n```text\n" + "\n".join(rows) + "\n```"
+    )
 
 
 @block

@@ -1,4 +1,4 @@
-"""The blocks of docs/reorder.md."""
+"""The blocks of docs/reorder.md and docs/results.md on `reorder` with examples."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SIZES = {2: "6 %", 4: "12.5 %", 8: "25 %"}
 def reordering() -> str:
     """The divergence of each order at equal size, with one rank and with ranks by layer."""
     heading = ["task", "size", *(f"{name}, one rank" for name in ORDERS.values())]
-    heading += [f"{name}, by layer" for name in list(ORDERS.values())[:3]]
+    heading += [f"{name}, by layer" for name in ORDERS.values()]
     rows: list[list[str]] = []
     for task, name in TASK_NAMES.items():
         for rank, size in SIZES.items():
             cells = [_divergence(task, rank, order, "uniform") for order in ORDERS]
-            cells += [_divergence(task, rank, order, "allocated") for order in ("svd", "16", "128")]
+            cells += [_divergence(task, rank, order, "allocated") for order in ORDERS]
             if any(cells):
                 rows.append([name, size, *cells])
     return table(heading, rows)
@@ -54,27 +54,29 @@ def _divergence(task: str, rank: int, order: str, allocation: str) -> str:
 
 @block
 def reordering_findings() -> str:
-    """The ratio of the divergences, and the seconds."""
-    lines: list[str] = []
+    """The divergence of the orders by 128 examples, relative to the SVD with one rank."""
+    rows: list[list[str]] = []
     for task, name in TASK_NAMES.items():
         cells = [cell for cell in read(FILE) if cell["task"] == task]
         if not cells:
             continue
-        ratios: list[str] = []
-        for rank, size in SIZES.items():
-            by_seed = {
-                (cell["seed"], cell["order"], cell["allocation"]): cell["divergence"]
-                for cell in cells
-                if cell["rank"] == rank
-            }
-            shares = [
-                by_seed[seed, "128", "allocated"] / by_seed[seed, "svd", "allocated"]
-                for seed in {cell["seed"] for cell in cells}
-            ]
-            ratios.append(f"{fmean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f}) at {size}")
         seconds = median(cell["seconds"] for cell in cells if cell["order"] == "16")
-        lines.append(
-            f"* {name}: 128 examples have {', '.join(ratios)} of the SVD's divergence, both with "
-            f"ranks by layer. 16 examples take {seconds:.1f} s."
-        )
-    return "\n".join(lines)
+        for order, allocation, way in (
+            ("128", "uniform", "128 examples, one rank"),
+            ("128", "allocated", "128 examples, ranks by layer"),
+            ("other", "uniform", "128 other examples, one rank"),
+        ):
+            row = [name, way]
+            for rank in SIZES:
+                by_seed = {
+                    (cell["seed"], cell["order"], cell["allocation"]): cell["divergence"]
+                    for cell in cells
+                    if cell["rank"] == rank
+                }
+                shares = [
+                    by_seed[seed, order, allocation] / by_seed[seed, "svd", "uniform"]
+                    for seed in {cell["seed"] for cell in cells}
+                ]
+                row.append(f"{fmean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})")
+            rows.append([*row, f"{seconds:.1f}"])
+    return table(["task", "order", *SIZES.values(), "seconds of 16 examples"], rows)

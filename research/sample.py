@@ -1,0 +1,45 @@
+"""``python -m research.sample``: what the command line prints on a LoRA that was trained.
+
+The LoRA of README's *family* at R = 32, seed 5. ``runs/sample.txt`` has the commands, and what
+they print.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from research.run import set_up
+from research.runs import Job
+from research.study import RUNS, load_study
+from research.training import trainer_of
+
+COMMANDS = ("info family", "export family --error 10% -o small")
+
+
+def main() -> None:
+    """Train the adapter, and run the commands on it."""
+    set_up(1)
+    study = replace(load_study("ordinary"), dtype="fp32")
+    job = Job("lora", "family_relationships", study.rank, 2e-3, 5, "test")
+    with TemporaryDirectory() as folder, trainer_of(study, job) as (adapter, trainer, _):
+        trainer.train()
+        adapter.export(Path(folder, "family"), study.rank)
+        lines: list[str] = []
+        for command in COMMANDS:
+            process = subprocess.run(
+                [sys.executable, "-m", "matryoshka_lora", *command.split()],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            lines += [f"$ matryoshka {command}", process.stdout + process.stderr]
+        Path(RUNS, "sample.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
