@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -46,7 +47,6 @@ from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
 from matryoshka_lora.lora.truncate import with_small
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank
 from matryoshka_lora.peft.lora_layers import (
-    LoraModule,
     check_not_padded,
     factor_parameters,
     lora_layers,
@@ -127,7 +127,7 @@ class NestedAdapter:
         )
 
     @property
-    def layers(self) -> dict[str, LoraModule]:
+    def layers(self) -> dict[str, LoraLayer]:
         """PEFT's LoRA layers by their names in the base model."""
         self._check_nested()
         return self._layers

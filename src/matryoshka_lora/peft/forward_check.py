@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.peft.adapter import NestedAdapter
-from matryoshka_lora.peft.lora_layers import LoraModule
 from matryoshka_lora.peft.variant import NestedVariant
 
 
@@ -69,14 +69,14 @@ class ForwardCheck:
         if self._is_in_use(layer):
             self._check_forward(root, layer)
 
-    def _is_in_use(self, layer: LoraModule) -> bool:
+    def _is_in_use(self, layer: LoraLayer) -> bool:
         variant = layer.lora_variant.get(self._name)
         if not isinstance(variant, NestedVariant) or variant.state is not self._state:
             return False  # PEFT has removed or re-created the adapter
         is_active = self._name in layer.active_adapters and self._name not in layer.merged_adapters
         return is_active and not layer.disable_adapters
 
-    def _check_forward(self, root: nn.Module, layer: LoraModule) -> None:
+    def _check_forward(self, root: nn.Module, layer: LoraLayer) -> None:
         state = self._state
         needs_backward = torch.is_grad_enabled() and (self._model.training or layer.training)
         if needs_backward:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any, Protocol, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -14,61 +14,16 @@ from matryoshka_lora.sharding import reshard
 from matryoshka_lora.training.factors import ModelFactors
 
 
-class LoraModule(Protocol):
-    """The part of PEFT's ``LoraLayer`` that nesting uses. Mappings are by the adapter's name."""
-
-    base_layer: nn.Linear
-    lora_A: Mapping[str, nn.Linear]
-    lora_B: Mapping[str, nn.Linear]
-    lora_embedding_A: Mapping[str, nn.Parameter]
-    lora_embedding_B: Mapping[str, nn.Parameter]
-    lora_dropout: Mapping[str, nn.Module]
-    lora_variant: MutableMapping[str, LoraVariant]
-    r: Mapping[str, int]
-    scaling: Mapping[str, float]
-    training: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    merged: bool
-    disable_adapters: bool
-    num_experts: int
-    forward: Callable[..., Tensor]
-    _state_dict_hooks: Mapping[int, object]
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the base layer, without wrappers."""
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ``s B A`` in the shape of the base layer's weight."""
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool) -> None:
-        """See ``torch.nn.Module``."""
-
-    def register_state_dict_post_hook(self, hook: Callable[..., None]) -> None:
-        """See ``torch.nn.Module``."""
-
-    def register_load_state_dict_pre_hook(self, hook: Callable[..., None]) -> object:
-        """See ``torch.nn.Module``."""
-
-
-class EmbeddingModule(LoraModule, Protocol):
-    """The part of PEFT's ``Embedding`` that nesting uses in addition."""
-
-    def _embed(self, input: Tensor, weight: Tensor) -> Tensor: ...
-
-    def _get_embed_scale(self) -> Tensor | None: ...
-
-
-def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraModule]]:
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     """Yield the LoRA layers of an adapter with their names in the base model."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         if adapter in module.lora_A or adapter in module.lora_embedding_A:
-            yield name.removeprefix(PEFT_PREFIX), cast(LoraModule, module)
+            yield name.removeprefix(PEFT_PREFIX), module
 
 
-def model_factors(model: nn.Module, layers: Mapping[str, LoraModule], adapter: str) -> ModelFactors:
+def model_factors(model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str) -> ModelFactors:
     """Return the factors of an adapter's layers, by the names of the layers.
 
     Raises:
@@ -86,7 +41,7 @@ def model_factors(model: nn.Module, layers: Mapping[str, LoraModule], adapter: s
     return factors
 
 
-def check_not_padded(name: str, module: LoraModule, adapter: str) -> None:
+def check_not_padded(name: str, module: LoraLayer, adapter: str) -> None:
     """Raise MatryoshkaError if PEFT has padded the factors of a layer to another rank."""
     if adapter not in module.lora_A:
         return  # embeddings are not padded
@@ -102,7 +57,7 @@ def check_not_padded(name: str, module: LoraModule, adapter: str) -> None:
         )
 
 
-def set_small_factors(module: LoraModule, adapter: str, A: Tensor | None, B: Tensor | None) -> None:
+def set_small_factors(module: LoraLayer, adapter: str, A: Tensor | None, B: Tensor | None) -> None:
     """Store the factors of the small adapter of a layer, in PEFT's own layout; None removes them.
 
     They are buffers, so they follow the layer to another device or dtype. They are not persistent,
@@ -112,13 +67,13 @@ def set_small_factors(module: LoraModule, adapter: str, A: Tensor | None, B: Ten
         module.register_buffer(f"small_{factor}_{adapter}", values, persistent=False)
 
 
-def small_factors(module: LoraModule, adapter: str) -> tuple[Any, Any]:
+def small_factors(module: LoraLayer, adapter: str) -> tuple[Any, Any]:
     """Return A and B of the small adapter of a layer, in PEFT's own layout, or two times None."""
     names = f"small_A_{adapter}", f"small_B_{adapter}"
     return getattr(module, names[0], None), getattr(module, names[1], None)
 
 
-def factor_parameters(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:
+def factor_parameters(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return the parameters A and B of an adapter in a LoRA layer, in PEFT's own layout."""
     if adapter in module.lora_embedding_A:
         return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]

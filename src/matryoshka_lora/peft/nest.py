@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice, short
@@ -13,7 +14,6 @@ from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.forward_check import ForwardCheck
 from matryoshka_lora.peft.lora_layers import (
-    LoraModule,
     check_not_padded,
     factor_parameters,
     lora_layers,
@@ -161,14 +161,14 @@ def check_deploy(deploy: Deploy, rule: Rule) -> None:
         )
 
 
-def _class_name(layer: LoraModule) -> str:
+def _class_name(layer: LoraLayer) -> str:
     """Return the name of a layer's class in ``peft.tuners.lora``, with its module."""
     name = f"{type(layer).__module__}.{type(layer).__name__}"
     return name.removeprefix("peft.tuners.lora.")
 
 
 def _check_layer(
-    name: str, layer: LoraModule, adapter_name: str, max_rank: int, scale: float
+    name: str, layer: LoraLayer, adapter_name: str, max_rank: int, scale: float
 ) -> None:
     """Raise MatryoshkaError if a layer cannot be nested correctly."""
     layer_class = _class_name(layer)

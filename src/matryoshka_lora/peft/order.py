@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.nesting import Order
-from matryoshka_lora.peft.lora_layers import LoraModule, factor_parameters
+from matryoshka_lora.peft.lora_layers import factor_parameters
 from matryoshka_lora.sharding import gather_parameter, is_sharded, reshard
 from matryoshka_lora.tensors import to_numpy
 
@@ -40,7 +41,7 @@ class FactorOrder:
         may_have_changed: Whether the next check must compare the checksum.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, LoraModule], adapter: str) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str) -> None:
         self.adapter = adapter
         self.kind: Order | None = None
         self.may_have_changed = False

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from matryoshka_lora.peft.lora_layers import (
-    LoraModule,
     factor_parameters,
     set_small_factors,
     small_factors,
@@ -35,7 +35,7 @@ class ShardedFactors(ModelFactors):
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, LoraModule],
+        layers: Mapping[str, LoraLayer],
         adapter: str,
         use_diagonal: Callable[[Tensor], AbstractContextManager[None]],
     ) -> None:

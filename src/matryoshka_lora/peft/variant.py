@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import cast
 
 import torch
-from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
@@ -23,8 +22,6 @@ from torch.nn.functional import linear
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.peft.fused import is_plain_linear, low_rank_linear
 from matryoshka_lora.peft.lora_layers import (
-    EmbeddingModule,
-    LoraModule,
     factor_parameters,
     small_factors,
 )
@@ -32,7 +29,7 @@ from matryoshka_lora.peft.state import Diagonal, NestingState
 from matryoshka_lora.training.factors import scale_columns
 
 
-def attach(module: LoraModule, adapter: str, state: NestingState) -> None:
+def attach(module: LoraLayer, adapter: str, state: NestingState) -> None:
     """Nest an adapter in a LoRA layer, state dicts included."""
     module.lora_variant[adapter] = NestedVariant(state)
     if "forward" not in vars(module):
@@ -58,7 +55,7 @@ class NestedVariant(LoraVariant):
     def __init__(self, state: NestingState) -> None:
         self.state = state
 
-    def init(self, module: LoraModule, adapter_name: str, **kwargs: object) -> None:
+    def init(self, module: LoraLayer, adapter_name: str, **kwargs: object) -> None:
         """Remove the variant, so that the adapter is plain until it is nested again.
 
         PEFT calls this when it re-creates the adapter.
@@ -70,16 +67,15 @@ class NestedVariant(LoraVariant):
         return self.state.eval_diagonal.is_one
 
     def forward(
-        self, module: LoraModule, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
     ) -> Tensor:
         """Return the base layer's result plus the update."""
         diagonal = self.state.active_diagonal(module.training)
         if active_adapter in module.lora_embedding_A:
             A, B = _factors_in_use(module, active_adapter, diagonal)
-            embedding = cast(EmbeddingModule, module)
-            hidden = diagonal.multiply(embedding._embed(x, A.T))
-            embedded = (hidden @ B.T) * module.scaling[active_adapter]
-            embed_scale = embedding._get_embed_scale()
+            hidden = diagonal.multiply(module._embed(x, A.T))
+            embedded: Tensor = (hidden @ B.T) * module.scaling[active_adapter]
+            embed_scale = module._get_embed_scale()
             if embed_scale is not None:  # as Gemma's, which scales the embeddings
                 embedded = embedded * embed_scale.to(embedded.dtype)
             return result + embedded
@@ -98,29 +94,31 @@ class NestedVariant(LoraVariant):
         hidden = diagonal.multiply(torch.cat(hidden_states, dim), spatial_dims)
         split = hidden.split_with_sizes([state.shape[dim] for state in hidden_states], dim)
         update = sum(lora_B(part) for (_, lora_B), part in zip(pairs, split, strict=True))
-        return result + update * module.scaling[active_adapter]
+        output: Tensor = result + update * module.scaling[active_adapter]
+        return output
 
-    def merge_safe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the base weight plus the update at the deployed rank."""
         self.state.check_order()
         return _add(module, orig_weight, self._delta_weight(module, active_adapter))
 
-    def merge_unsafe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """Add the update at the deployed rank to the base weight in place."""
         self.state.check_order()
         orig_weight.data += self._delta_weight(module, active_adapter).to(orig_weight.device)
 
-    def unmerge(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Subtract the update."""
         # `set_rank` rejects merged adapters, so the rank is still the merged one.
         return _add(module, orig_weight, -self._delta_weight(module, active_adapter))
 
-    def _delta_weight(self, module: LoraModule, adapter: str) -> Tensor:
+    def _delta_weight(self, module: LoraLayer, adapter: str) -> Tensor:
         with _folded(module, adapter, self.state.eval_diagonal):
-            return module.get_delta_weight(adapter)
+            weight: Tensor = module.get_delta_weight(adapter)
+            return weight
 
 
-def _factors_in_use(module: LoraModule, adapter: str, diagonal: Diagonal) -> tuple[Tensor, Tensor]:
+def _factors_in_use(module: LoraLayer, adapter: str, diagonal: Diagonal) -> tuple[Tensor, Tensor]:
     """Return A and B of the components that a diagonal uses, in PEFT's own layout."""
     pairs: list[tuple[Tensor, Tensor]] = []
     if diagonal.uses_main:
@@ -139,7 +137,7 @@ def _with_weight(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]
     return lambda x: functional_call(layer, {"weight": weight}, (x,))
 
 
-def _add(module: LoraModule, weight: Tensor, delta: Tensor) -> Tensor:
+def _add(module: LoraLayer, weight: Tensor, delta: Tensor) -> Tensor:
     # A quantized layer passes its dequantized weight, and rounds the sum itself.
     base_weight = getattr(module.get_base_layer(), "weight", None)
     if not isinstance(base_weight, Tensor) or not base_weight.is_floating_point():
@@ -148,7 +146,7 @@ def _add(module: LoraModule, weight: Tensor, delta: Tensor) -> Tensor:
 
 
 @contextmanager
-def _folded(module: LoraModule, adapter: str, diagonal: Diagonal) -> Iterator[None]:
+def _folded(module: LoraLayer, adapter: str, diagonal: Diagonal) -> Iterator[None]:
     """Replace A and B by ``A`` and ``B diag(q)`` of the components in use.
 
     So PEFT's own formulas compute the nested update.
@@ -165,7 +163,7 @@ def _folded(module: LoraModule, adapter: str, diagonal: Diagonal) -> Iterator[No
             parameter.data = original
 
 
-def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _linear_forward(module: LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Replace the forward of PEFT's linear layer, to use the fused operation if possible."""
     diagonal = None
     if not args and not kwargs:
@@ -184,7 +182,7 @@ def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: obje
     return low_rank_linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, p)
 
 
-def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
+def _fusable_diagonal(module: LoraLayer, x: Tensor) -> Diagonal | None:
     """Return the diagonal if the fused operation may run, or None.
 
     It runs in train mode, and while a context overrides the diagonal. Train mode without gradients
@@ -216,7 +214,7 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
 
 
 def _embedding_forward(
-    module: LoraModule,
+    module: LoraLayer,
     x: Tensor,
     *args: object,
     adapter_names: list[str] | None = None,
@@ -243,7 +241,7 @@ def _embedding_forward(
 
 
 def _fold_into_state_dict(
-    module: LoraModule, state_dict: dict[str, Tensor], prefix: str, *args: object
+    module: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *args: object
 ) -> None:
     """Multiply each B of a layer's state dict by q (state-dict hook)."""
     for key, q in _folded_keys(module, prefix):
@@ -252,7 +250,7 @@ def _fold_into_state_dict(
 
 
 def _unfold_from_state_dict(
-    module: LoraModule, state_dict: dict[str, Tensor], prefix: str, *args: object
+    module: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *args: object
 ) -> None:
     """Divide each incoming B by q (load hook)."""
     for key, q in _folded_keys(module, prefix):
@@ -260,7 +258,7 @@ def _unfold_from_state_dict(
             state_dict[key] = scale_columns(state_dict[key], 1 / q)
 
 
-def _folded_keys(module: LoraModule, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _folded_keys(module: LoraLayer, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the key of each B that is stored multiplied by q, and that q."""
     for adapter, variant in module.lora_variant.items():
         if not isinstance(variant, NestedVariant):
