@@ -15,7 +15,6 @@ from helpers.examples import make_trainer, random_examples
 from helpers.models import lora_config, nested_llama, randomize, tiny_llama
 from helpers.rules import RANK_PER_ROW
 from peft import LoraConfig, get_peft_model
-from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,
@@ -287,18 +286,6 @@ def test_the_last_batch_of_an_epoch_may_be_smaller() -> None:
             with adapter.use_diagonal(q[row]):
                 expected = adapter.model(ids[row][None]).logits[0]
             torch.testing.assert_close(actual[row], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_factors_that_peft_has_padded_are_rejected(tmp_path: Path) -> None:
-    adapter = reordered_llama(layers=1)
-    prepare_model_for_compiled_hotswap(adapter.model, target_rank=16)
-    for use in (adapter.reorder, lambda: adapter.set_rank(2), lambda: adapter.save(tmp_path / "a")):
-        with pytest.raises(MatryoshkaError, match="from rank 8 to 16"):
-            use()
-    plain_model = get_peft_model(tiny_llama(), lora_config(NESTING))
-    prepare_model_for_compiled_hotswap(plain_model, target_rank=16)
-    with pytest.raises(MatryoshkaError, match="from rank 8 to 16"):
-        nest(plain_model)
 
 
 # Orders.

@@ -47,7 +47,6 @@ from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
 from matryoshka_lora.lora.truncate import with_small
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank
 from matryoshka_lora.peft.lora_layers import (
-    check_not_padded,
     factor_parameters,
     lora_layers,
     model_factors,
@@ -110,8 +109,6 @@ class NestedAdapter:
                 f"Adapter {self.name!r} is not nested in every layer. Call nest() or load() "
                 "(again, if PEFT re-created the adapter)."
             )
-        for name, layer in self._layers.items():
-            check_not_padded(name, layer, self.name)
 
     def __repr__(self) -> str:
         """Return the ranks and settings, a line each."""

@@ -11,13 +11,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.lora.keys import PEFT_PREFIX
-from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.nest import nest
@@ -102,7 +100,8 @@ def load_with_peft(
         MatryoshkaError: PEFT cannot load it.
     """
     folder = str(lora.files[0].parent)
-    with wrap_errors(f"Cannot load {lora.name} onto {type(base_model).__name__}"):
+    action = f"Cannot load {lora.name} onto {type(base_model).__name__}"
+    with wrap_errors(action, _base_model_hint(lora)):
         config = _literal_config(lora)
         if not isinstance(base_model, PeftModel):
             with warnings.catch_warnings():
@@ -202,7 +201,9 @@ def _nest_like_file(model: PeftModel, lora: Lora, adapter_name: str) -> NestedAd
 
 
 def check_base_model(base_model: nn.Module, lora: Lora) -> None:
-    """Raise MatryoshkaError unless a base model has the layers of an adapter, with its dimensions.
+    """Raise MatryoshkaError unless a base model has all layers of an adapter.
+
+    PEFT would ignore the others, and is the one that compares their dimensions.
 
     Args:
         base_model: A model, or a `PeftModel` of it.
@@ -210,37 +211,20 @@ def check_base_model(base_model: nn.Module, lora: Lora) -> None:
     """
     if isinstance(base_model, PeftModel):
         base_model = base_model.get_base_model()
-    modules = {
-        name.replace(".base_layer", ""): module for name, module in base_model.named_modules()
-    }
+    names = {name.replace(".base_layer", "") for name, _ in base_model.named_modules()}
     # PEFT creates the layers of a replication.
     required_layers = () if lora.config.get("layer_replication") else lora.layers
     for layer in required_layers:
-        module = modules.get(layer.name.replace(".base_layer", ""))
-        if module is None or not _has_dimensions(module, layer, lora):
-            base_name = lora.config.get("base_model_name_or_path") or "not named in its config"
+        if layer.name.replace(".base_layer", "") not in names:
             raise MatryoshkaError(
-                f"This model lacks layer {layer.name} of {lora.name}, or has it with different "
-                f"dimensions. Use the model that the adapter was trained on ({base_name})."
+                f"This model has no layer {layer.name}, which {lora.name} adapts. "
+                f"{_base_model_hint(lora)}"
             )
 
 
-def _has_dimensions(module: Any, layer: Layer, lora: Lora) -> bool:
-    in_shape, out_features = layer.in_shape, layer.out_features
-    # The adapter's vocabulary may be larger, in an embedding or in the outputs of a head.
-    saved_sizes = {tensor.shape[0] for tensor in lora.other_tensors.values() if tensor.shape}
-    if isinstance(module, nn.Embedding):
-        has_vocabulary = in_shape[-1] in {module.num_embeddings, *saved_sizes}
-        return has_vocabulary and out_features == module.embedding_dim
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        kernel_shape = (module.in_channels, *module.kernel_size)
-        return in_shape == kernel_shape and out_features == module.out_channels
-    if isinstance(module, Conv1D):
-        return (in_shape[-1], out_features) == (module.nx, module.nf)
-    if not hasattr(module, "in_features"):
-        return True
-    has_out_features = out_features in {module.out_features, *saved_sizes}
-    return bool(in_shape[-1] == module.in_features and has_out_features)
+def _base_model_hint(lora: Lora) -> str:
+    base_name = lora.config.get("base_model_name_or_path") or "not named in its config"
+    return f"Use the model that the adapter was trained on ({base_name})."
 
 
 def enlarge_vocabulary(base_model: Any, lora: Lora) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.sharding import reshard
 from matryoshka_lora.training.factors import ModelFactors
@@ -39,22 +38,6 @@ def model_factors(model: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
     factors = ModelFactors(model, parameters, num_experts)
     factors.check_shapes()
     return factors
-
-
-def check_not_padded(name: str, module: LoraLayer, adapter: str) -> None:
-    """Raise MatryoshkaError if PEFT has padded the factors of a layer to another rank."""
-    if adapter not in module.lora_A:
-        return  # embeddings are not padded
-    lora_A: Any = module.lora_A[adapter]
-    # Sharding changes the shape of the weight.
-    rank = lora_A.out_channels if hasattr(lora_A, "out_channels") else lora_A.out_features
-    rank //= getattr(module, "num_experts", 1)
-    if rank != module.r[adapter]:
-        raise MatryoshkaError(
-            f"The factors of layer {name} are padded from rank {module.r[adapter]} to {rank}, as "
-            "by prepare_model_for_compiled_hotswap(). Use the adapter before that call: reorder, "
-            "train and save it; or create it with this rank, so that it needs no padding."
-        )
 
 
 def set_small_factors(module: LoraLayer, adapter: str, A: Tensor | None, B: Tensor | None) -> None:

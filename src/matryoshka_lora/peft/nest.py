@@ -14,7 +14,6 @@ from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.forward_check import ForwardCheck
 from matryoshka_lora.peft.lora_layers import (
-    check_not_padded,
     factor_parameters,
     lora_layers,
 )
@@ -183,7 +182,6 @@ def _check_layer(
             f"Layer {name} cannot be nested, because its factors are on the meta device. Load the "
             "adapter, or call get_peft_model without low_cpu_mem_usage=True."
         )
-    check_not_padded(name, layer, adapter_name)
     if (layer.r[adapter_name], layer.scaling[adapter_name]) != (max_rank, scale):
         raise MatryoshkaError(
             f"Layer {name} cannot be nested, because rank_pattern or alpha_pattern gives it "
