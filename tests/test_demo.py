@@ -22,17 +22,12 @@ from matryoshka_lora.demo import (
     QUERY_RANKS,
     RANKS,
     SAMPLE_COUNTRIES,
-    SAMPLED_RANKS,
-    SUMMARIZED_RANK,
-    Knowledge,
-    TrainedDemo,
     answer_queries,
     collate,
     country_numbers,
     demo,
     generate_numbers,
     save_base_model,
-    summarize,
     train_adapter,
     typed_queries,
 )
@@ -105,15 +100,6 @@ def test_queries_end_with_an_empty_line_or_a_signal(
     assert list(typed_queries()) == ["Kenya"]
 
 
-def test_the_summary_counts_numbers() -> None:
-    known = [Knowledge({SUMMARIZED_RANK: 100 * count / 250}, {}) for count in (3, 8, 240)]
-    sentence = summarize(TrainedDemo(None, *known), {SUMMARIZED_RANK: 10, MAX_RANK: 79}, 250)  # type: ignore[arg-type]
-    assert " ".join(sentence.split()) == (
-        "Rank 2 knows 3 of 250 numbers if it is truncated, 8 after reorder and 240 after "
-        "train_ranks. It has 1/8 of the size of rank 16."
-    )
-
-
 @pytest.mark.slow
 def test_the_demo_writes_what_it_announces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -122,15 +108,10 @@ def test_the_demo_writes_what_it_announces(
     output = tmp_path / "new" / "demo"
     demo(output, num_steps=2)
     text = capsys.readouterr().out
-    assert {path.name for path in output.iterdir()} == {"base", "adapter", "rank-4", "curve.png"}
-    assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in output.iterdir()} == {"base", "adapter", "rank-4"}
     table_ranks = [line.split()[0] for line in text.splitlines() if line.count("%") == 3]
     assert table_ranks == [str(rank) for rank in (0, *RANKS)]
     assert text.count("(correct: ") == len(SAMPLE_COUNTRIES)
-    for country in SAMPLE_COUNTRIES:
-        rows = [line.split() for line in text.splitlines() if line.startswith(f"  {country} ")]
-        assert [row[1] for row in rows] == [str(rank) for rank in SAMPLED_RANKS]
-        assert all(row[-1] == country_numbers()[country] for row in rows)
     assert "Mali" not in text
     lines = text.replace(str(output), "runs/demo").splitlines()
     assert all(len(line) <= 80 for line in lines if "[WARNING]" not in line)  # DeepSpeed's
@@ -155,8 +136,8 @@ def test_larger_ranks_know_more_of_the_table(tmp_path: Path) -> None:
     batch = collate(tokenizer, [f"{name}: {number}" for name, number in numbers.items()])
     assert tokenizer.batch_decode(batch["labels"]) == list(numbers.values())  # a token per digit
     torch.set_num_threads(1)
-    result = train_adapter(tmp_path / "base", tokenizer, numbers)
-    truncated, reordered, trained = (known.accuracies for known in result.by_method().values())
+    adapter, accuracies_by_method = train_adapter(tmp_path / "base", tokenizer, numbers)
+    truncated, reordered, trained = accuracies_by_method.values()
     for accuracies in (truncated, reordered, trained):
         assert accuracies[0] == 0
         assert accuracies[MAX_RANK] > 98
@@ -168,11 +149,7 @@ def test_larger_ranks_know_more_of_the_table(tmp_path: Path) -> None:
     for rank in RANKS:
         assert truncated[rank] <= reordered[rank]
     assert reordered[1] + 10 < trained[1] <= trained[MAX_RANK]
-    adapter = result.adapter
     assert adapter.small_rank > 0
     with adapter.rows([MAX_RANK] * len(SAMPLE_COUNTRIES)):
         answers = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
     assert answers == [numbers[name] for name in SAMPLE_COUNTRIES]
-    with adapter.rows([SUMMARIZED_RANK] * len(SAMPLE_COUNTRIES)):
-        answers = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
-    assert answers == result.trained.answers[SUMMARIZED_RANK]

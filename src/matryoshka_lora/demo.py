@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from matryoshka_lora.bundled_model import BUNDLED_MODEL
-from matryoshka_lora.evaluation.plot import plot_evaluation
-from matryoshka_lora.evaluation.results import Evaluation, Metric, TaskResult
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from matryoshka_lora.peft.nest import nest
@@ -33,50 +30,10 @@ BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 QUERY_RANKS = (1, 2, 16)
 EXPORT_RANK = 4
-SAMPLED_RANKS = (1, 2)
-SUMMARIZED_RANK = 2
 SAMPLE_COUNTRIES = ("Kenya", "Brazil", "Bolivia")
 
 Accuracies = dict[int, float]
 """The percentage of the table's numbers that each rank knows; rank 0 is the base model."""
-
-
-@dataclass
-class Knowledge:
-    """The answers of the adapter's ranks at one point of time.
-
-    Attributes:
-        accuracies: The accuracy of each rank.
-        answers: The numbers that some ranks generate for `SAMPLE_COUNTRIES`.
-    """
-
-    accuracies: Accuracies
-    answers: dict[int, list[str]]
-
-
-@dataclass
-class TrainedDemo:
-    """The trained adapter, and the answers of its ranks at three points of time.
-
-    Attributes:
-        adapter: The adapter, with trained ranks.
-        truncated: The first components of the factors as training left them.
-        reordered: After `NestedAdapter.reorder`.
-        trained: After `NestedAdapter.train_ranks`.
-    """
-
-    adapter: NestedAdapter
-    truncated: Knowledge
-    reordered: Knowledge
-    trained: Knowledge
-
-    def by_method(self) -> dict[str, Knowledge]:
-        """Return the answers by the name that the tables and the plot show."""
-        return {
-            "truncated": self.truncated,
-            "reorder": self.reordered,
-            "train_ranks": self.trained,
-        }
 
 
 def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
@@ -84,8 +41,7 @@ def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
 
     Args:
         output: The folder to write, which must not exist. It gets ``base``, the base model's first
-            layers; ``adapter``, usable at every rank; ``rank-4``, an ordinary LoRA adapter; and
-            ``curve.png``.
+            layers; ``adapter``, usable at every rank; and ``rank-4``, an ordinary LoRA adapter.
         num_steps: The number of optimizer steps.
     """
     output.mkdir(parents=True)
@@ -98,17 +54,12 @@ def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
     )
     save_base_model(base_path)
     tokenizer = load_tokenizer(str(base_path))
-    result = train_adapter(base_path, tokenizer, numbers, num_steps)
-    adapter = result.adapter
+    adapter, accuracies_by_method = train_adapter(base_path, tokenizer, numbers, num_steps)
     adapter.save(output / "adapter")
 
     lora = adapter.to_lora()
     sizes = {rank: lora.truncate(rank).file_size for rank in RANKS}
-    print_accuracies(result, sizes, len(numbers))
-    plot_accuracies(result, sizes, len(numbers), output / "curve.png")
-    print(f"\nThe same as a plot: {output / 'curve.png'}\n")
-    print(summarize(result, sizes, len(numbers)))
-    print_answers(result, numbers)
+    print_accuracies(accuracies_by_method, sizes, len(numbers))
 
     if sys.stdin.isatty():
         print("\nQuery the adapter; press Enter to quit.\n")
@@ -170,8 +121,12 @@ def train_adapter(
     tokenizer: PreTrainedTokenizerBase,
     numbers: dict[str, str],
     num_steps: int = NUM_STEPS,
-) -> TrainedDemo:
-    """Train an adapter on a table, and measure each rank before and after reordering it."""
+) -> tuple[NestedAdapter, dict[str, Accuracies]]:
+    """Train an adapter on a table, and measure each rank before and after reordering it.
+
+    Returns:
+        The adapter, with trained ranks; and the accuracies of its ranks after each method.
+    """
     torch.manual_seed(0)
     base_model = load_model(str(base_path), torch.float32, device="cpu")
     config = LoraConfig(r=MAX_RANK, lora_alpha=MAX_RANK, target_modules="all-linear")
@@ -196,20 +151,16 @@ def train_adapter(
 
     starts = range(0, len(lines), BATCH_SIZE)
     batches = [collate(tokenizer, lines[start : start + BATCH_SIZE]) for start in starts]
-    truncated = measure(adapter, tokenizer, batches)
+    accuracies_by_method = {"truncated": measure(adapter, batches)}
     adapter.reorder()
-    reordered = measure(adapter, tokenizer, batches)
+    accuracies_by_method["reorder"] = measure(adapter, batches)
     adapter.train_ranks(trainer)
-    trained = measure(adapter, tokenizer, batches)
-    return TrainedDemo(adapter, truncated, reordered, trained)
+    accuracies_by_method["train_ranks"] = measure(adapter, batches)
+    return adapter, accuracies_by_method
 
 
 @torch.no_grad()
-def measure(
-    adapter: NestedAdapter,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Sequence[dict[str, Tensor]],
-) -> Knowledge:
+def measure(adapter: NestedAdapter, batches: Sequence[dict[str, Tensor]]) -> Accuracies:
     """Query every rank. An answer is correct if all digits of the number are.
 
     Before the factors are ordered, a rank is the first components of the factors as they are.
@@ -217,29 +168,27 @@ def measure(
     adapter.model.eval()
     labels = torch.cat([batch["labels"] for batch in batches])
     accuracies = {}
-    answers = {}
     for rank in tqdm((0, *RANKS), "querying every rank", leave=False):
         q = torch.arange(MAX_RANK) < rank
         if adapter.order is not None:
             q = adapter.state.deployed_q(rank)
         with adapter.use_diagonal(q):
             predictions = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
-            if rank in SAMPLED_RANKS:
-                answers[rank] = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
         is_correct = (torch.cat(predictions) == labels).all(dim=1)
         accuracies[rank] = 100 * is_correct.double().mean().item()
-    return Knowledge(accuracies, answers)
+    return accuracies
 
 
-def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: int) -> None:
+def print_accuracies(
+    by_method: dict[str, Accuracies], sizes: dict[int, int], num_numbers: int
+) -> None:
     """Print a table of the accuracy of each rank."""
-    by_method = result.by_method()
     print(
         f"\nHow many of the {num_numbers} numbers each rank knows after this one training run:\n\n"
         f"  rank  size (MB)  {'  '.join(f'{method:>11}' for method in by_method)}"
     )
     for rank in (0, *RANKS):
-        cells = [f"{known.accuracies[rank]:9.0f} %" for known in by_method.values()]
+        cells = [f"{accuracies[rank]:9.0f} %" for accuracies in by_method.values()]
         print(f"  {rank:4}  {sizes.get(rank, 0) / 1e6:9.2f}  {'  '.join(cells)}")
     print(
         "\n  rank 0: the model without the adapter\n"
@@ -247,55 +196,6 @@ def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: in
         "  reorder: after adapter.reorder()\n"
         "  train_ranks: after adapter.train_ranks(trainer), which trains the low ranks"
     )
-
-
-def summarize(result: TrainedDemo, sizes: dict[int, int], num_numbers: int) -> str:
-    """Return a summary of the table and the plot in words."""
-    rank = SUMMARIZED_RANK
-    truncated, reordered, trained = (
-        round(known.accuracies[rank] * num_numbers / 100) for known in result.by_method().values()
-    )
-    return (
-        f"Rank {rank} knows {truncated} of {num_numbers} numbers if it is truncated, {reordered} "
-        f"after reorder\nand {trained} after train_ranks. "
-        f"It has 1/{round(sizes[MAX_RANK] / sizes[rank])} of the size of rank {MAX_RANK}."
-    )
-
-
-def print_answers(result: TrainedDemo, numbers: dict[str, str]) -> None:
-    """Print the answers of small ranks for some countries, next to the correct numbers."""
-    by_method = result.by_method()
-    width = max(map(len, SAMPLE_COUNTRIES))
-    methods = "  ".join(f"{method:>11}" for method in by_method)
-    print(f"\nThe answers of small ranks:\n\n  {'':{width}}  rank  {methods}  {'correct':>11}")
-    for index, country in enumerate(SAMPLE_COUNTRIES):
-        for rank in SAMPLED_RANKS:
-            answers = [known.answers[rank][index] for known in by_method.values()]
-            cells = "  ".join(f"{answer:>11.11}" for answer in [*answers, numbers[country]])
-            print(f"  {country:{width}}  {rank:4}  {cells}")
-
-
-def plot_accuracies(
-    result: TrainedDemo, sizes: dict[int, int], num_numbers: int, file: Path
-) -> None:
-    """Plot the accuracy of each rank."""
-    evaluation = Evaluation(settings={}, ranks=RANKS, sizes=sizes)
-    for method, known in result.by_method().items():
-        accuracies = known.accuracies
-        errors = {
-            rank: (accuracy * (100 - accuracy) / num_numbers) ** 0.5
-            for rank, accuracy in accuracies.items()
-        }
-        metric = Metric(higher_is_better=True, values={**accuracies}, standard_errors={**errors})
-        evaluation.tasks[method] = TaskResult(
-            num_examples=num_numbers,
-            num_fewshot=None,
-            primary_metric="% correct",
-            aurac_log2=None,
-            aurac_linear=None,
-            metrics={"% correct": metric},
-        )
-    plot_evaluation(evaluation, file)
 
 
 def typed_queries() -> Iterator[str]:
