@@ -10,14 +10,13 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import yaml
 from datasets import Dataset, IterableDataset, load_dataset
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -33,7 +32,6 @@ from matryoshka_lora.errors import (
 )
 from matryoshka_lora.formats import peft_folder
 from matryoshka_lora.formats.hub import SMALL_FOLDER
-from matryoshka_lora.formats.peft_folder import CONFIG_NAME
 from matryoshka_lora.lora.results import TrainRanksResult
 from matryoshka_lora.nesting import Deploy, Order, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
@@ -62,6 +60,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _DEFAULT_RANK = 32
 _SETTINGS_NAME = "train-settings.json"
+_AFTER_RUN = ("nesting.train_ranks",)  # settings without an effect on the training itself
 # The builders of datasets by the extension of a file, and the columns that TRL takes.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
@@ -169,7 +168,7 @@ def _load_yaml(path: str | os.PathLike[str], overrides: Iterable[str]) -> dict[s
 
 
 def _check_keys(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raise for an unknown key, with the key that was probably meant."""
+    """Raise MatryoshkaError for an unknown key."""
     sft_fields = [field.name for field in fields(SFTConfig) if field.name not in _UNUSED_FIELDS]
     lora_fields = [field.name for field in fields(LoraConfig) if field.name not in _UNUSED_FIELDS]
     known_keys = {
@@ -183,19 +182,10 @@ def _check_keys(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None
             raise MatryoshkaError(f"{section} must be a YAML mapping, got {short(values)}.")
         for key in values:
             if key not in known:
-                hint = _suggestion(key, known, known_keys)
-                raise MatryoshkaError(f"{section or path} has no key {short(key)}. {hint}")
-
-
-def _suggestion(key: object, known: list[str], known_keys: Mapping[str, list[str]]) -> str:
-    for section, keys in known_keys.items():
-        if key in keys:
-            full_key = f"{section}.{key}" if section else key
-            return f"Did you mean {full_key!r}?"
-    matches = get_close_matches(str(key), known, n=1)
-    if matches:
-        return f"Did you mean {matches[0]!r}?"
-    return "See the documentation of SFTConfig, LoraConfig and nest()."
+                raise MatryoshkaError(
+                    f"{section or path} has no key {short(key)}. The key of a section has a dot, "
+                    "such as lora.r; other keys are fields of TRL's SFTConfig."
+                )
 
 
 def _check_nesting(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,20 +225,21 @@ def train(config: Mapping[str, Any]) -> TrainResult:
         config: From `read_config`.
 
     Raises:
-        MatryoshkaError: A value is rejected, or the run is finished with other settings.
+        MatryoshkaError: A value is rejected, or an earlier run has other settings.
     """
     output_dir = Path(str(config["output_dir"]))
     path = output_dir / "adapter"
+    _check_same_settings(config, output_dir, is_finished=path.exists())
     if path.exists():
-        _check_same_settings(config, output_dir)
         logger.info("%s is finished. To train with other settings, set another output_dir.", path)
         lora = peft_folder.read(path)
         return TrainResult(path, lora.order, lora.deploy)
     adapter, trainer = build_trainer(config)
-    _train_or_resume(adapter, trainer, output_dir)
     if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
         with replace_file(output_dir / _SETTINGS_NAME) as file:
             file.write_text(json.dumps(_digests(config), indent=2))
+    _train_or_resume(adapter, trainer, output_dir)
     result = _train_ranks_and_save(adapter, trainer, path, config["nesting"]["train_ranks"])
     trainer.accelerator.end_training()
     return result
@@ -268,17 +259,20 @@ def _digests(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _check_same_settings(config: Mapping[str, Any], output_dir: Path) -> None:
-    """Raise MatryoshkaError if a finished run has other settings."""
+def _check_same_settings(config: Mapping[str, Any], output_dir: Path, is_finished: bool) -> None:
+    """Raise MatryoshkaError if an earlier run was of another adapter, or is finished otherwise."""
     file = output_dir / _SETTINGS_NAME
-    if not file.exists():  # version 0.4 wrote none
+    if not file.exists() or not (is_finished or last_checkpoint(output_dir)):
         return
     old, new = json.loads(file.read_text()), _digests(config)
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+    if not is_finished:  # it may go on with more steps, for example
+        prefixes = ("base_", "lora.", "nesting.")
+        changed = [key for key in changed if key.startswith(prefixes) and key not in _AFTER_RUN]
     if changed:
         raise MatryoshkaError(
-            f"The run in {output_dir} is finished with other settings: {', '.join(changed)}. Set "
-            "another output_dir, or the settings of this run."
+            f"The run in {output_dir} has other settings: {', '.join(changed)}. Set another "
+            "output_dir, or the settings of this run."
         )
 
 
@@ -409,9 +403,7 @@ def _train_or_resume(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Pa
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is not None:
         logger.info("Resuming from %s. To start a new run, set another output_dir.", checkpoint)
-        _check_same_config(adapter, Path(checkpoint))
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        adapter.callback().check_same_nesting(state)
         has_steps = state.global_step < max(state.max_steps, trainer.args.max_steps)
         has_epochs = trainer.args.num_train_epochs > (state.epoch or 0)
         if not has_steps and not (has_epochs and trainer.args.max_steps <= 0):
@@ -426,22 +418,6 @@ def _train_or_resume(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Pa
     hint = "Check data, max_length and the batch sizes."
     with wrap_errors("Cannot train", hint, _LIBRARY_ERRORS):
         trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
-    if not (checkpoint / CONFIG_NAME).is_file():
-        return  # sharded training writes none
-    old = PeftConfig.from_pretrained(str(checkpoint))
-    new = adapter.model.peft_config[adapter.name]
-    model_fields = ("base_model_name_or_path", "revision")
-    scale_fields = ("r", "lora_alpha", "use_rslora", "lora_dropout")
-    layer_fields = ("target_modules", "exclude_modules", "modules_to_save", "bias")
-    for field in (*model_fields, *scale_fields, *layer_fields):
-        old_value = getattr(old, field)
-        if old_value != getattr(new, field):
-            raise MatryoshkaError(
-                f"{checkpoint} was trained with {field}={short(old_value)}. Set another output_dir."
-            )
 
 
 def _train_ranks_and_save(

@@ -55,8 +55,15 @@ class NestingCallback(TrainerCallback):
                 "or the Trainer created its own model, as with model_init. Nest the model that the "
                 "Trainer trains."
             )
-        self.check_same_nesting(state)
-        state.stateful_callbacks[self._state_key] = self._settings()  # saved in checkpoints
+        settings = self._settings()
+        for key, value in state.stateful_callbacks.get(self._state_key, settings).items():
+            if value != settings.get(key):
+                raise MatryoshkaError(
+                    f"The checkpoint is from a run with another nesting: {key} was {short(value)}, "
+                    f"not {short(settings.get(key))}. Set another output_dir, or nest as in that "
+                    "run."
+                )
+        state.stateful_callbacks[self._state_key] = settings  # saved in checkpoints
         p = adapter.rule.sample(adapter.nesting, adapter.state.seed, step=0, batch_size=2)
         if p.ndim > 1 and _packs_rows(args):
             raise MatryoshkaError(
@@ -93,17 +100,6 @@ class NestingCallback(TrainerCallback):
         if args.accelerator_config.split_batches:
             batch_size //= args.world_size
         self.adapter.draw(state.global_step, batch_size, args.process_index, args.world_size)
-
-    def check_same_nesting(self, state: TrainerState) -> None:
-        """Raise MatryoshkaError if a checkpoint's state is from a run with another nesting."""
-        settings = self._settings()
-        for key, value in state.stateful_callbacks.get(self._state_key, settings).items():
-            if value != settings.get(key):
-                raise MatryoshkaError(
-                    f"The checkpoint is from a run with another nesting: {key} was {short(value)}, "
-                    f"not {short(settings.get(key))}. Set another output_dir, or nest as in that "
-                    "run."
-                )
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share, as JSON-serializable values."""
