@@ -98,7 +98,7 @@ def prompt_and_completion(example: object, index: int) -> PromptCompletion:
     are_messages = isinstance(prompt, list) and isinstance(completion, list)
     if not (are_strings or are_messages) or not prompt or not completion:
         raise MatryoshkaError(
-            f"Example {index} of the data {_describe(example)}. Pass examples with a prompt and a "
+            f"Example {index} of the data is {short(example)}. Pass examples with a prompt and a "
             "completion, both strings or both lists of messages, or with messages that end with "
             "the assistant's."
         )
@@ -113,17 +113,6 @@ def prompt_and_completion(example: object, index: int) -> PromptCompletion:
             f"{short(template_kwargs)}."
         )
     return PromptCompletion(prompt, completion, {"tools": tools, **template_kwargs})
-
-
-def _describe(example: object) -> str:
-    """Return which fields an example has, with their types."""
-    if not isinstance(example, Mapping):
-        return f"is of type {type(example).__name__}"
-    fields: list[str] = []
-    for name, value in example.items():
-        is_empty = value is None or (isinstance(value, (str, list)) and not value)
-        fields.append(f"{name} ({'empty' if is_empty else type(value).__name__})")
-    return f"has the fields {', '.join(fields)}" if fields else "has no fields"
 
 
 def _split_messages(messages: object) -> tuple[list[Any] | None, list[Any] | None]:

@@ -7,7 +7,6 @@ by p.
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,26 +155,6 @@ def test_a_reference_without_p_is_rejected(tmp_path: Path) -> None:
     randomize(adapter.model, size=0.1)
     with pytest.raises(MatryoshkaError, match="reference"):
         make_trainer("dpo", adapter.model, tmp_path, adapter).train()
-
-
-@pytest.mark.parametrize("is_slow", [True, False])
-@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_bf16_on_a_cpu_without_its_instructions_is_a_warning(
-    bf16: bool, dtype: torch.dtype, is_slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TRL's default is bf16."""
-    capabilities = {"avx2": True, "avx512_bf16": not is_slow}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    adapter = make_adapter()
-    adapter.model.to(dtype)
-    trainer = make_trainer("sft", adapter.model, tmp_path, adapter)
-    trainer.args.bf16 = bf16
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        adapter.callback().on_train_begin(
-            trainer.args, trainer.state, trainer.control, model=adapter.model
-        )
-    assert any("bfloat16" in str(warning.message) for warning in caught) == is_slow
 
 
 @pytest.mark.parametrize("case", ["inactive", "another model"])

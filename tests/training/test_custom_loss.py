@@ -289,8 +289,6 @@ def random_loss(model: Any, batch: Example) -> Tensor:
     ("options", "match"),
     [
         ({"loss": random_loss}, "same noise"),
-        ({"loss": lambda model, batch: 1.0}, "tensor"),
-        ({"loss": lambda model, batch: batch["noise"]}, "mean"),
         ({"collate": default_collate}, "loss"),
     ],
 )
@@ -302,11 +300,8 @@ def test_losses_that_cannot_be_used_are_errors(options: dict[str, Any], match: s
 
 
 def test_examples_that_cannot_be_used_are_an_error() -> None:
-    adapter = trained_unet()
-    with pytest.raises(MatryoshkaError, match=r"`data`.*list"):
-        adapter.train_ranks(iter(TRAINING), loss=denoising_loss)
     with pytest.raises(MatryoshkaError, match="`eval_data` has no examples"):
-        adapter.train_ranks(TRAINING, loss=denoising_loss, eval_data=[])
+        trained_unet().train_ranks(TRAINING, loss=denoising_loss, eval_data=[])
 
 
 def test_a_trainer_has_its_own_loss(tmp_path: Path) -> None:

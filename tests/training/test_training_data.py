@@ -498,10 +498,3 @@ def test_a_streamed_evaluation_set_leaves_the_ranks_reordered(tmp_path: Path) ->
     trainer.eval_dataset = Dataset.from_list(LABELLED).to_iterable_dataset()
     with pytest.warns(UserWarning, match="eval_data"):
         assert adapter.train_ranks(trainer).outcome == "no examples"
-
-
-def test_a_trainer_without_a_training_set_is_an_error(tmp_path: Path, model: Any) -> None:
-    trainer = make_trainer(model, tmp_path, random_examples(4))
-    trainer.train_dataset = None
-    with pytest.raises(MatryoshkaError, match="train_dataset"):
-        read_training_data(model, trainer)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.peft.lora_layers import factor_parameters, lora_layers
-from matryoshka_lora.tensors import cpu_has_bf16
 
 if TYPE_CHECKING:
     from matryoshka_lora.peft.adapter import NestedAdapter
@@ -70,14 +67,6 @@ class NestingCallback(TrainerCallback):
                 f"Rule {adapter.rule.name!r} draws one diagonal per row, but this Trainer "
                 "packs several examples into a row. Disable packing and padding_free, or use "
                 "another rule."
-            )
-        uses_bf16 = args.bf16 or next(adapter.model.parameters()).dtype == torch.bfloat16
-        if args.device.type == "cpu" and uses_bf16 and not cpu_has_bf16():
-            warnings.warn(
-                "This CPU has no instructions for bfloat16, so a step takes many times longer than "
-                "in float32. Pass bf16=False to the Trainer's arguments, as TRL's default is True, "
-                "and load the model in float32.",
-                stacklevel=2,
             )
         # A smaller rank is not available once training ends the order.
         adapter.set_rank(adapter.nesting.max_rank)

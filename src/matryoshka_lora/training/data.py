@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from matryoshka_lora.errors import MatryoshkaError, short, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.examples import (
     apply_chat_template,
     common_prefix_length,
@@ -236,11 +236,6 @@ def read_training_data(
         training_data = _data_of_examples(model, data, tokenizer)
     else:
         trainer = data
-        if trainer.train_dataset is None:
-            raise MatryoshkaError(
-                f"The {type(trainer).__name__} has no train_dataset. Pass the Trainer that has "
-                "trained the adapter, or examples with a prompt and a completion."
-            )
         if any(hasattr(trainer, name) for name in _GENERATION_ATTRIBUTES):
             raise NoExamplesError(
                 f"The {type(trainer).__name__} trains on answers that it generates. Pass examples "
@@ -279,12 +274,6 @@ def _data_with_loss(
         batch_size = data.batch_size or batch_size
         collate = collate or data.collate_fn
         data = data.dataset
-    is_other = isinstance(data, (str, Mapping, IterableDataset))
-    if is_other or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise MatryoshkaError(
-            f"`{parameter}` must be a list, a dataset with a length, or a DataLoader of one, got "
-            f"{short(data)}. Pass list(examples)."
-        )
     if len(data) == 0:
         raise MatryoshkaError(f"`{parameter}` has no examples. Pass some.")
     training_data = TrainingData(
@@ -301,13 +290,7 @@ def _data_with_loss(
         model.eval()  # as while ranks are trained
         batches = training_data.batches(range(min(_NUM_CHECKED, batch_size, len(data))))
         for _ in range(2 if batches else 0):
-            value = training_data.loss(batches[0])
-            if not isinstance(value, Tensor) or value.ndim > 0:
-                raise MatryoshkaError(
-                    f"`loss` must return a tensor without dimensions, got {short(value)}. Return "
-                    "the mean over the batch, and not its item()."
-                )
-            losses.append(float(value))
+            losses.append(training_data.loss(batches[0]).item())
     # Ranks are compared by their losses, which noise would hide.
     if losses and math.isfinite(sum(losses)) and not math.isclose(*losses, rel_tol=1e-3):
         raise MatryoshkaError(
