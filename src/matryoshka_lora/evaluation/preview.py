@@ -26,7 +26,7 @@ from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.lora.convert import pipeline_key_format
 from matryoshka_lora.lora.lora import Lora
-from matryoshka_lora.peft.pipeline import check_options, draw, open_pipeline, with_lora
+from matryoshka_lora.peft.pipeline import draw, open_pipeline, with_lora
 from matryoshka_lora.progress import training_bar
 from matryoshka_lora.registry import DtypeName
 from matryoshka_lora.text import format_percent, format_range, format_table, join_lines
@@ -286,7 +286,7 @@ def preview(
         raise MatryoshkaError("Pass at least one of `prompts` and one of `seeds`.")
     shares = [f"{100 * parse_share(error):.4g}%" for error in check_list("errors", errors)]
     max_distance = parse_share(within)
-    pipeline_args = check_options(dtype, pipeline_args)
+    pipeline_args = dict(pipeline_args or {})
     if output is not None:
         _check_outputs(output, force)
     lora = lora if isinstance(lora, Lora) else open_lora(lora, revision=revision)
@@ -411,11 +411,6 @@ def _draw(
         raise MatryoshkaError(f"{name} returns neither images nor frames. Pass another pipeline.")
     if len(getattr(output, "images", ())) > 1:
         raise MatryoshkaError("The pipeline draws several pictures. Pass several `seeds` instead.")
-    if min(image.size) < _SSIM_WINDOW:
-        raise MatryoshkaError(
-            f"The pictures have {image.width} x {image.height} pixels, fewer than a window of SSIM "
-            f"({_SSIM_WINDOW} x {_SSIM_WINDOW}). Draw larger ones with `pipeline_args`."
-        )
     return image.convert("RGB"), last["latents"].float().cpu()
 
 

@@ -119,20 +119,18 @@ def weighted_by_pictures(
     """
     with optional_imports("image"):
         from matryoshka_lora.peft.pipeline import (
-            check_options,
             denoising_moments,
             open_pipeline,
             with_diffusers_keys,
             with_lora,
         )
 
-    arguments = check_options(dtype, pipeline_args)
     opened, pipeline_name = open_pipeline(pipeline, dtype, offload)
     # Converted before it is reordered, because layers may be split.
     converted = with_diffusers_keys(lora)
     ordered = converted.reorder()
     with with_lora(opened, ordered):
-        moments = denoising_moments(opened, prompts, arguments, seed)
+        moments = denoising_moments(opened, prompts, pipeline_args or {}, seed)
     factors: dict[str, Factors] = {}
     svd_values: dict[str, Float64Array] = {}
     weighted_values: dict[str, Float64Array] = {}

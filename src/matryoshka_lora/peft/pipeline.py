@@ -25,37 +25,9 @@ from matryoshka_lora.progress import training_bar
 from matryoshka_lora.training.factors import ModelFactors
 from matryoshka_lora.training.moments import MomentRecorder, Moments
 
-_OWN_ARGUMENTS = (
-    "prompt",
-    "generator",
-    "output_type",
-    "return_dict",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-)
-"""The arguments of a pipeline that `draw` sets."""
-
 StepCallback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
 """Gets a pipeline, the step, its time and the latents after it; returns the latents to go on with,
 or nothing."""
-
-
-def check_options(dtype: object, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a pipeline as a dictionary.
-
-    Raises:
-        MatryoshkaError: The dtype is unknown, or an argument is one that `draw` sets.
-    """
-    if dtype is not None:
-        check_choice("dtype", dtype, DTYPES)
-    arguments = dict(arguments or {})
-    reserved = [name for name in _OWN_ARGUMENTS if name in arguments]
-    if reserved:
-        raise MatryoshkaError(
-            f"`pipeline_args` must not contain {', '.join(reserved)}, which this package sets "
-            "itself."
-        )
-    return arguments
 
 
 def open_pipeline(model: Any, dtype: Any, offload: bool) -> tuple[Any, str]:
@@ -68,8 +40,11 @@ def open_pipeline(model: Any, dtype: Any, offload: bool) -> tuple[Any, str]:
             compute.
 
     Raises:
-        MatryoshkaError: The pipeline cannot be loaded, takes no LoRA, or has one.
+        MatryoshkaError: The dtype is unknown; or the pipeline cannot be loaded, takes no LoRA, or
+            has one.
     """
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     pipeline, name = model, type(model).__name__
     if isinstance(model, (str, os.PathLike)):
         pipeline, name = _load_pipeline(str(model), dtype, offload), str(model)
@@ -174,11 +149,6 @@ def draw(
     """Return the output of a pipeline. The noise is made on the CPU.
 
     Args:
-        pipeline: The pipeline.
-        prompt: The prompt.
-        seed: The seed of the noise.
-        on_step: Called after each step.
-        arguments: More arguments of the pipeline.
         output_type: ``"pil"`` or ``"latent"``.
         with_gradients: Whether the denoiser records gradients.
 
@@ -221,11 +191,8 @@ def denoising_moments(
     Layers of text encoders are left out, and so are layers that get no gradient.
 
     Args:
-        pipeline: The pipeline, with a LoRA.
         prompts: A picture is drawn for each prompt.
-        arguments: The arguments of the pipeline.
         seed: The seed of the first noise, and of the directions. The next noise has the next seed.
-        progress: Whether a progress bar is shown on stderr.
 
     Returns:
         The moments by the name of a layer, which begins with the part: ``transformer.NAME``.
