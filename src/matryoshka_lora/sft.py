@@ -89,12 +89,9 @@ class TrainResult:
 
     def __repr__(self) -> str:
         """Return which ranks the adapter has, and the result of training them."""
-        if self.order is not None:
-            ranks = f"every rank (order: {self.order})"
-        elif self.deploy == "paper":
+        ranks = f"every rank (order: {self.order})"
+        if self.deploy == "paper":
             ranks = "its nested ranks (deploy: paper)"
-        else:
-            ranks = "its largest rank only, until it is reordered"
         text = f"The adapter {printable(str(self.path))} has {ranks}."
         return text if self.train_ranks is None else f"{text}\n{self.train_ranks}"
 

@@ -198,8 +198,9 @@ def test_the_output_folder(on_disk: Path, tmp_path: Path) -> None:
     assert Evaluation.read(folder) == Evaluation.read(on_disk) == evaluation
     result = evaluation.tasks["colors"]
     values = [value or 0.0 for value in evaluation.values("colors").values()]
-    assert result.aurac_log2 == pytest.approx(aurac(values, evaluation.ranks))
-    assert result.aurac_linear == pytest.approx(aurac(values, evaluation.ranks, "linear"))
+    stored = json.loads((folder / "evaluation.json").read_text())["tasks"]["colors"]
+    assert stored["aurac_log2"] == pytest.approx(aurac(values, evaluation.ranks))
+    assert stored["aurac_linear"] == pytest.approx(aurac(values, evaluation.ranks, "linear"))
     assert (result.primary_metric, result.num_examples, result.num_fewshot) == ("acc,none", 4, 2)
     assert len(evaluation.examples) == 8
     assert set(evaluation.examples[0].answers) == {0, 1, 2, 3, 4}

@@ -167,7 +167,7 @@ def test_convert_task_keeps_finite_numbers() -> None:
         2: harness_results(math.nan),
     }
     metric = Metric(True, {0: 0.5, 1: 0.5, 2: None}, {0: None, 1: None, 2: None})
-    expected = TaskResult(5, 3, "acc,none", None, None, {"acc,none": metric})
+    expected = TaskResult(5, 3, "acc,none", {"acc,none": metric})
     assert convert_task("t", results) == expected
     with pytest.raises(MatryoshkaError, match="metric"):
         convert_task("t", {1: harness_results("none")})

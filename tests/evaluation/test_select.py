@@ -58,32 +58,13 @@ def test_a_metric_where_lower_is_better() -> None:
     assert select(evaluation, max_bytes=10_000).rank == 1
 
 
-def test_another_primary_metric_has_its_own_aurac() -> None:
-    evaluation = new_evaluation()
-    result = evaluation.tasks["family"]
-    result.metrics["half,none"] = Metric(True, {rank: 0.5 + rank / 16 for rank in RANKS}, {})
-    result.metrics["loss,none"] = Metric(False, dict.fromkeys(RANKS, 1.0), {})
-    selected = select(evaluation, max_bytes="1MB", metric="half").evaluation.tasks["family"]
+def test_the_aurac_of_a_metric() -> None:
+    metric = Metric(True, {rank: 0.5 + rank / 16 for rank in RANKS}, {})
     # Trapezoids over log2(rank) of 9, 10, 12 and 16 sixteenths.
-    assert selected.aurac_log2 == pytest.approx((9 / 2 + 10 + 12 + 16 / 2) / 3 / 16)
+    assert metric.aurac("log2") == pytest.approx((9 / 2 + 10 + 12 + 16 / 2) / 3 / 16)
     # Over the rank, the trapezoids are 1, 2 and 4 wide.
-    assert selected.aurac_linear == pytest.approx((9.5 + 2 * 11 + 4 * 14) / 7 / 16)
-    selected = select(evaluation, max_bytes="1MB", metric="loss").evaluation.tasks["family"]
-    assert selected.aurac_log2 is None
-    assert selected.aurac_linear is None
-
-
-@pytest.mark.parametrize(
-    ("within", "rank", "unresolved"), [("2%", 4, (8,)), ("25%", 4, ()), ("0.1%", 8, ())]
-)
-def test_significance_is_tested_against_larger_ranks(
-    within: str, rank: int, unresolved: tuple[int, ...]
-) -> None:
-    """Rank 4 fails at one example of 60 more than rank 8: 1.7 % with an error as large."""
-    selection = select(new_evaluation(), within=within)
-    assert (selection.rank, selection.unresolved_ranks) == (rank, unresolved)
-    assert selection.is_significant == (not unresolved)
-    assert (selection.num_questions_needed is None) == (not unresolved)
+    assert metric.aurac("linear") == pytest.approx((9.5 + 2 * 11 + 4 * 14) / 7 / 16)
+    assert Metric(False, dict.fromkeys(RANKS, 1.0), {}).aurac("log2") is None
 
 
 def test_the_best_rank_is_tested_too() -> None:

@@ -31,9 +31,7 @@ def new_evaluation(
             for rank, value in values.items()
         }
         metric = Metric(higher_is_better, dict(values), dict(errors))
-        evaluation.tasks[task] = TaskResult(
-            NUM_EXAMPLES, 2, "acc,none", 0.5, 0.6, {"acc,none": metric}
-        )
+        evaluation.tasks[task] = TaskResult(NUM_EXAMPLES, 2, "acc,none", {"acc,none": metric})
         for doc_id in range(NUM_EXAMPLES):
             prompt = f"question {doc_id}\u2028?"  # Unicode's separator of lines is part of a text
             answers = {rank: f"answer {doc_id} of <{rank}>" for rank in num_correct}
@@ -47,7 +45,7 @@ def evaluation_of(values: np.ndarray[Any, Any], higher_is_better: bool = True) -
     """Return an evaluation with a value for each example and rank, shape (examples, ranks)."""
     means = dict(zip(RANKS, values.mean(axis=0).tolist(), strict=True))
     metric = Metric(higher_is_better, means, dict.fromkeys(RANKS))
-    task = TaskResult(len(values), 0, "m,none", None, None, {"m,none": metric})
+    task = TaskResult(len(values), 0, "m,none", {"m,none": metric})
     sizes = {rank: 100 * rank for rank in RANKS}
     evaluation = Evaluation({"adapter": None}, RANKS, sizes, {"t": task})
     for doc_id, row in enumerate(values.tolist()):
@@ -64,5 +62,5 @@ def two_metrics(num_tasks: int = 1, with_base: bool = True) -> Evaluation:
         accuracy = Metric(True, {**base, 1: 0.5, 2: None, 4: 0.75}, {1: 0.05, 2: None, 4: 0.04})
         loss = Metric(False, {**base, 1: 2.0, 2: 1.5, 4: 1.25}, {1: None, 2: None, 4: None})
         metrics = {"acc,none": accuracy, "loss,none": loss}
-        tasks[f"task{index}"] = TaskResult(100, 5, "acc,none", None, None, metrics)
+        tasks[f"task{index}"] = TaskResult(100, 5, "acc,none", metrics)
     return Evaluation({"adapter": "a"}, (1, 2, 4), {1: 1000, 2: 2000, 4: 4000}, tasks)

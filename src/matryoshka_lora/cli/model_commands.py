@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,9 +38,6 @@ from matryoshka_lora.cli.terminal import (
 )
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
 from matryoshka_lora.registry import DtypeName
-
-if TYPE_CHECKING:
-    from matryoshka_lora.evaluation.folder import EvaluateOptions
 
 
 def demo(
@@ -102,10 +99,7 @@ def train(
     if not is_main_process():
         return
     typer.echo(str(result))
-    if result.order is None and result.deploy != "paper":
-        print_next("reorder", result.path, "-o", result.path.with_name("nested"))
-    else:
-        print_next("eval", result.path, "--data", "held-out.jsonl")
+    print_next("eval", result.path, "--data", "held-out.jsonl")
 
 
 def train_ranks(
@@ -243,7 +237,7 @@ def evaluate(
 
     rank_list: Sequence[int] | Literal["all"] | None
     rank_list = "all" if ranks == "all" else parse_ranks(ranks)
-    options: EvaluateOptions = {
+    options: dict[str, Any] = {
         "base_model": base_model,
         "base_revision": base_revision,
         "dtype": dtype,

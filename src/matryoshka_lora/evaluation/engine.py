@@ -145,10 +145,6 @@ class Batch:
         """Return rows that begin with a prefix, of which this batch has one row per rank.
 
         The length stays the same, so a left-padded row gets only the beginning of the prefix.
-
-        Args:
-            ranks: The rank of each new row.
-            padding: The padding of each new row.
         """
         rows = torch.tensor([self.ranks.index(rank) for rank in ranks])
         positions = torch.arange(self.length) - torch.tensor(padding)[:, None]
@@ -326,8 +322,6 @@ class Engine:
         Finished rows leave the batch, and waiting prompts join it.
 
         Args:
-            prompts: The prompts.
-            max_new_tokens: The maximum number of tokens of an answer.
             is_finished: Returns whether an answer ends with its last token.
             update_progress: Is called with the number of tokens that were generated, or that a
                 finished answer does not need. The numbers add up to ``max_new_tokens`` for each
@@ -414,7 +408,6 @@ class Engine:
 
         Args:
             prefix: The beginning of all rows, from `compute_prefix`.
-            rows: The rows.
 
         Returns:
             The rows, and the logits of the largest ``num_logits``.
@@ -478,7 +471,6 @@ class Engine:
         Args:
             lengths: The number of new tokens of each row, the longest one first.
             num_logits: The number of positions whose logits are needed.
-            past_length: The number of positions in the cache.
         """
         start = 0
         while start < len(lengths):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from matryoshka_lora.atomic import PathLike, check_output
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
@@ -21,27 +21,12 @@ from matryoshka_lora.text import format_table, join_lines, with_name
 from matryoshka_lora.units import pluralize
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 WITHIN = "1%"
 """How far below the best rank's value the rank of the table may be."""
-
-
-class EvaluateOptions(TypedDict, total=False):
-    """Options of `evaluate`, which describes them."""
-
-    base_model: str | None
-    base_revision: str | None
-    dtype: torch.dtype | str | None
-    model_args: Mapping[str, Any] | None
-    num_fewshot: int | None
-    limit: int | None
-    max_batch_tokens: int | None
-    force: bool
-    progress: bool
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,7 +119,7 @@ def evaluate_folder(
     *,
     output: PathLike | None = None,
     skip_bad: bool = False,
-    **options: Unpack[EvaluateOptions],
+    **options: Any,
 ) -> FolderEvaluation:
     """Evaluate each adapter in a folder. See `evaluate`, which this calls for one after the other.
 
@@ -150,7 +135,9 @@ def evaluate_folder(
         output: The folder to write, with a folder for each adapter. Defaults to
             ``ADAPTER-evaluation`` next to each adapter.
         skip_bad: Whether to evaluate the other adapters if some cannot be evaluated.
-        options: As in `evaluate`.
+        options: The options ``base_model``, ``base_revision``, ``dtype``, ``model_args``,
+            ``num_fewshot``, ``limit``, ``max_batch_tokens``, ``force`` and ``progress`` of
+            `evaluate`.
 
     Raises:
         MatryoshkaError: An adapter, its data or its base model cannot be read, or its output

@@ -58,10 +58,8 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
 
     Args:
         adapter: The nested adapter. Its model is put into eval mode.
-        tokenizer: The base model's tokenizer.
         ranks: The ranks to evaluate; 0 is the base model.
         max_batch_tokens: See `Engine`.
-        progress: Whether progress bars are shown on stderr.
 
     Attributes:
         lora_rank: The rank whose responses the harness gets. (The ``rank`` of an ``HFLM`` is the

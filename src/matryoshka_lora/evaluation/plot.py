@@ -21,10 +21,6 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
     The axis of the values contains 0, so that small differences look small. The value of the base
     model is a dashed line. If it is so far away that it would flatten the curves, it is in the
     legend instead.
-
-    Args:
-        evaluation: The evaluation.
-        file: The file to write.
     """
     ranks = evaluation.ranks
     names = [result.metric_name for result in evaluation.tasks.values()]

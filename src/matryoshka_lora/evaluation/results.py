@@ -139,17 +139,12 @@ class TaskResult:
         num_examples: The number of examples, over all tasks of a group.
         num_fewshot: The number of few-shot examples in each prompt; None for a group.
         primary_metric: The metric that plots show and that `select` uses by default.
-        aurac_log2: The AURAC of the primary metric over log2 of the rank; None if lower is better
-            or a value is missing.
-        aurac_linear: The AURAC of the primary metric over the rank.
         metrics: The metrics by name, such as ``"acc,none"``: metric and filter of the harness.
     """
 
     num_examples: int
     num_fewshot: int | None
     primary_metric: str
-    aurac_log2: float | None
-    aurac_linear: float | None
     metrics: dict[str, Metric]
 
     @property
@@ -340,6 +335,9 @@ class Evaluation:
         """
         fields = asdict(self)
         lines = [json.dumps(example, ensure_ascii=False) for example in fields.pop("examples")]
+        for name, task in fields["tasks"].items():
+            for axis in get_args(AuracAxis):
+                task[f"aurac_{axis}"] = self.metric(name).aurac(axis)
         text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
         with replace_file(folder / EVALUATION_NAME) as file:
             file.write_text(text, encoding="utf-8")
@@ -394,8 +392,6 @@ def _read_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:
         num_examples=_check_type(fields["num_examples"], int),
         num_fewshot=_check_type(fields["num_fewshot"], int, NoneType),
         primary_metric=fields["primary_metric"],
-        aurac_log2=_check_type(fields["aurac_log2"], float, NoneType),
-        aurac_linear=_check_type(fields["aurac_linear"], float, NoneType),
         metrics=metrics,
     )
 

@@ -155,13 +155,7 @@ def select(
     if metric is not None:
         keys = {key.removesuffix(",none"): key for key in result.metrics}
         check_choice("metric", metric, keys)
-        chosen = result.metrics[keys[metric]]
-        result = replace(
-            result,
-            primary_metric=keys[metric],
-            aurac_log2=chosen.aurac("log2"),
-            aurac_linear=chosen.aurac("linear"),
-        )
+        result = replace(result, primary_metric=keys[metric])
         evaluation = replace(evaluation, tasks={**evaluation.tasks, task: result})
 
     name, higher_is_better = result.metric_name, evaluation.metric(task).higher_is_better
@@ -247,10 +241,6 @@ def _ratio_of_questions(
     questions on which the ranks agree would have no error at all.
 
     Args:
-        evaluation: The evaluation.
-        task: The task.
-        rank: The selected rank.
-        larger: A larger rank.
         share: The allowed distance, as a share of the larger rank's value.
         num_errors: The number of standard errors.
 

@@ -130,11 +130,7 @@ def run_task(
     """Run a task with the seeds and few-shot examples of the harness's command line.
 
     Args:
-        lm: The model.
-        task: The task.
         num_fewshot: The number of few-shot examples. Defaults to the task's own.
-        limit: The maximum number of examples.
-        progress: Whether progress bars are shown on stderr.
 
     Raises:
         MatryoshkaError: The harness cannot run the task with these settings.
@@ -194,10 +190,8 @@ def load_data(
     whitespace before the completion, which the harness counts as part of the continuation.
 
     Args:
-        name: The name of the task.
         examples: As `matryoshka_lora.examples.prompt_and_completion` accepts them. Messages are
             rendered with the tokenizer's chat template.
-        tokenizer: The base model's tokenizer.
 
     Raises:
         MatryoshkaError: An example has no prompt with a completion.
@@ -314,10 +308,6 @@ def convert_task(name: str, results: Mapping[int, HarnessResults]) -> TaskResult
     The primary metric is the first one that is not 0 at every rank. If no answer is correct, which
     is usual for long answers, the loss is more informative.
 
-    Args:
-        name: The harness's name of the task or group.
-        results: The harness's results by rank, at least one.
-
     Raises:
         MatryoshkaError: The task has no metric that is a number.
     """
@@ -350,8 +340,6 @@ def convert_task(name: str, results: Mapping[int, HarnessResults]) -> TaskResult
         num_examples=sum(num_examples[task]["effective"] for task in tasks),
         num_fewshot=first["n-shot"].get(name),
         primary_metric=primary_metric,
-        aurac_log2=metrics[primary_metric].aurac("log2"),
-        aurac_linear=metrics[primary_metric].aurac("linear"),
         metrics=metrics,
     )
 

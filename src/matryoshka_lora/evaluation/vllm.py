@@ -26,12 +26,8 @@ class VllmRanksLM(VLLM):  # type: ignore[misc, unused-ignore]
     The harness runs once for each rank, as with `ManyRanksLM`.
 
     Args:
-        lora: The adapter.
         ranks: The ranks to evaluate; 0 is the base model.
         ladder: The folder of the ladder to write. It must exist while the harness runs.
-        base_model: The base model's folder or Hub id.
-        base_revision: Its revision on the Hub.
-        dtype: The dtype of the base model. Defaults to vLLM's choice.
         options: More arguments of ``VLLM``.
 
     Raises:
