@@ -40,18 +40,11 @@ def read_examples(data: Iterable[object] | str | os.PathLike[str]) -> list[objec
             each line. Empty lines are skipped.
 
     Raises:
-        MatryoshkaError: The data are of another type, such as a `DatasetDict`; the file cannot be
-            read; or there are no examples.
+        MatryoshkaError: The file cannot be read, or there are no examples.
     """
     if isinstance(data, (str, os.PathLike)):
-        examples = _read_json_lines(data)
-    elif isinstance(data, Iterable) and not isinstance(data, Mapping):
-        examples = list(data)
-    else:
-        raise MatryoshkaError(
-            "The data must be a dataset, a list of examples, or the path of a JSON lines file, "
-            f"got {type(data).__name__}."
-        )
+        data = _read_json_lines(data)
+    examples = list(data)
     if not examples:
         raise MatryoshkaError(
             f"{short(data)} has no examples. Pass examples with a prompt and a completion."
@@ -103,16 +96,12 @@ def prompt_and_completion(example: object, index: int) -> PromptCompletion:
             "the assistant's."
         )
     tools = fields.get("tools")
-    if isinstance(tools, str):  # a column of a dataset holds them as JSON
-        with wrap_errors(f"Cannot read the tools of example {index}", exceptions=_JSON_ERRORS):
+    action = f"Cannot read the tools or chat_template_kwargs of example {index}"
+    with wrap_errors(action, exceptions=(TypeError, *_JSON_ERRORS)):
+        if isinstance(tools, str):  # a column of a dataset holds them as JSON
             tools = json.loads(tools)
-    template_kwargs = fields.get("chat_template_kwargs") or {}
-    if not isinstance(template_kwargs, Mapping):
-        raise MatryoshkaError(
-            f"chat_template_kwargs of example {index} must be a mapping, got "
-            f"{short(template_kwargs)}."
-        )
-    return PromptCompletion(prompt, completion, {"tools": tools, **template_kwargs})
+        template_kwargs = {"tools": tools, **(fields.get("chat_template_kwargs") or {})}
+    return PromptCompletion(prompt, completion, template_kwargs)
 
 
 def _split_messages(messages: object) -> tuple[list[Any] | None, list[Any] | None]:

@@ -20,9 +20,6 @@ class NestingCallback(TrainerCallback):
     A draw depends on the seed and on ``state.global_step``, which the Trainer restores, and a
     checkpoint holds plain LoRA: resuming needs no further state. Its ``trainer_state.json`` names
     the nesting, so that a run is not resumed with another one.
-
-    Args:
-        adapter: The adapter.
     """
 
     def __init__(self, adapter: NestedAdapter) -> None:

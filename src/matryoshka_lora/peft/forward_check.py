@@ -27,9 +27,6 @@ class ForwardCheck:
     each diagonal detects them: the replaced forward leaves all layers of a kind, such as all
     ``gate_proj``, uncalled. A model's own code may leave layers uncalled, as Longformer does
     without global attention. A diagonal of ones, which is plain LoRA, is not checked.
-
-    Args:
-        adapter: The adapter.
     """
 
     def __init__(self, adapter: NestedAdapter) -> None:

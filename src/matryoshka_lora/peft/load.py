@@ -53,11 +53,6 @@ def load(
         raise MatryoshkaError(
             "Training is at rank R. Pass `rank` or `is_trainable=True`, not both."
         )
-    if not isinstance(base_model, nn.Module):
-        raise MatryoshkaError(
-            f"`base_model` must be a model, got {type(base_model).__name__}. Load it with "
-            "AutoModelForCausalLM.from_pretrained(...) first."
-        )
     if isinstance(base_model, PeftModel):
         if adapter_name in base_model.peft_config:
             raise MatryoshkaError(
@@ -204,10 +199,6 @@ def check_base_model(base_model: nn.Module, lora: Lora) -> None:
     """Raise MatryoshkaError unless a base model has all layers of an adapter.
 
     PEFT would ignore the others, and is the one that compares their dimensions.
-
-    Args:
-        base_model: A model, or a `PeftModel` of it.
-        lora: The adapter.
     """
     if isinstance(base_model, PeftModel):
         base_model = base_model.get_base_model()

@@ -31,11 +31,6 @@ class FactorOrder:
 
     A cast to another dtype does not end the order. Sharded factors are compared by all processes.
 
-    Args:
-        model: The model.
-        layers: The LoRA layers of the adapter by name.
-        adapter: PEFT's name of the adapter.
-
     Attributes:
         kind: How the factors were ordered last, or None. They may have changed since.
         may_have_changed: Whether the next check must compare the checksum.

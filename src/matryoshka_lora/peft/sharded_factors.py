@@ -24,12 +24,6 @@ class ShardedFactors(ModelFactors):
     their values, in the buffers of the small adapter, and the diagonal of the layers selects these
     instead of the first components of the shards. So neither FSDP nor DeepSpeed takes part in the
     gradients.
-
-    Args:
-        model: The model.
-        layers: Its LoRA layers, by name.
-        adapter: PEFT's name of the adapter.
-        use_diagonal: `NestedAdapter.use_diagonal`.
     """
 
     def __init__(

@@ -61,7 +61,6 @@ class Diagonal:
 
         Args:
             shape: The activation's shape, (rows, ..., components, *spatial).
-            device: The activation's device.
             spatial_dims: The number of dimensions after the components, as in convolutions.
 
         Returns:

@@ -66,14 +66,11 @@ class Split:
         training_indices: The indices of the examples to train on, in order. They may repeat.
         num_validation: The number of examples to validate on.
         validation_batches: Their batches, of the same size if there are several processes.
-        is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
-            training examples.
     """
 
     training_indices: list[int]
     num_validation: int
     validation_batches: list[Batch]
-    is_held_out: bool
 
 
 @dataclass
@@ -110,12 +107,7 @@ class TrainingData:
     log: Callable[[dict[str, float], int], None] | None = None
 
     def batches(self, indices: Sequence[int], batch_size: int | None = None) -> list[Batch]:
-        """Return some examples in batches on the device. Batches without a label are omitted.
-
-        Args:
-            indices: The indices of the examples.
-            batch_size: The maximum number of examples of a batch. Defaults to the data's.
-        """
+        """Return some examples in batches on the device. Batches without a label are omitted."""
         size = batch_size or self.batch_size
         batches: list[Batch] = []
         for start in range(0, len(indices), size):
@@ -140,11 +132,6 @@ class TrainingData:
         factors from before the training of the ranks. Every example is trained on once, in random
         order, before the next pass begins, in another order.
 
-        Args:
-            num_training: The number of examples to train on, repetitions included.
-            max_validation: The maximum number of examples to validate on.
-            seed: The seed of the orders.
-
         Raises:
             NoExamplesError: No example has a label.
             MatryoshkaError: No example of the evaluation set has a label.
@@ -167,7 +154,6 @@ class TrainingData:
             list(itertools.islice(training_order, num_training)),
             num_validation,
             validation_batches,
-            is_held_out=self.validation is not None,
         )
 
 
@@ -415,9 +401,6 @@ def _data_of_loader(
     An error of the loss passes unchanged.
 
     Args:
-        model: The model, not wrapped.
-        trainer: The Trainer.
-        loader: Its loader of training or evaluation examples.
         parameter: The parameter that takes other examples, ``"data"`` or ``"eval_data"``.
 
     Raises:

@@ -70,11 +70,7 @@ class ModelFactors:
         return is_sharded(A)
 
     def copy(self, rank: int | None = None) -> FactorMatrices:
-        """Return copies of A, shape (r, in), and B, shape (out, r), of each layer.
-
-        Args:
-            rank: The number of components, r. Defaults to R.
-        """
+        """Return copies of A, shape (r, in), and B, shape (out, r), of each layer."""
         matrices: FactorMatrices = {}
         for name, pair in self.parameters.items():
             A, B = self.to_matrices(name, *map(gather_parameter, pair))

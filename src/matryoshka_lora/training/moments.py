@@ -40,9 +40,6 @@ class MomentRecorder:
 
     Layers that get no gradient have none, and neither have layers whose A is no module, such as
     embeddings.
-
-    Args:
-        factors: The factors.
     """
 
     def __init__(self, factors: ModelFactors) -> None:
@@ -113,9 +110,6 @@ def second_moments(
     labels do not matter. For other models, the loss is backpropagated.
 
     Args:
-        factors: The factors.
-        data: The examples.
-        max_examples: The number of examples to use, at random.
         seed: The seed of the examples and of the directions.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 import math
 import random
@@ -126,7 +128,8 @@ def train_ranks(
     num_examples = _num_examples(max_examples, data, options)
     with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
         split = data.split(num_examples, options.num_validation, seed)
-    if not split.is_held_out:
+    is_held_out = data.validation is not None
+    if not is_held_out:
         logger.warning(
             "There is no evaluation set, so the ranks are validated on training examples. Pass "
             "`eval_data`, or `eval_dataset` to the Trainer."
@@ -155,6 +158,14 @@ def train_ranks(
             )
         max_gap = max(options.min_gap, min(options.smallest_gap * gain, options.max_gap))
         behind = [rank for rank in smaller_ranks if before[rank] - before[max_rank] > max_gap]
+        result = TrainRanksResult(
+            None,
+            "nothing to train",
+            losses_before=before,
+            is_held_out=is_held_out,
+            base_loss=base_loss,
+            max_gap=max_gap,
+        )
         if not behind:
             logger.info(
                 "All ranks are as good as rank %d, within %.3g (%s): nothing to train.",
@@ -162,16 +173,7 @@ def train_ranks(
                 max_gap,
                 ", ".join(f"{rank}: {loss:.4g}" for rank, loss in before.items()),
             )
-            result = TrainRanksResult(
-                None,
-                "nothing to train",
-                losses_before=before,
-                seconds=time.perf_counter() - start,
-                is_held_out=split.is_held_out,
-                base_loss=base_loss,
-                max_gap=max_gap,
-            )
-            return result, None
+            return replace(result, seconds=time.perf_counter() - start), None
         # The first rank above all that are behind, or else the largest one below R.
         k = min([rank for rank in smaller_ranks if rank > behind[-1]], default=smaller_ranks[-1])
         low_ranks = [rank for rank in smaller_ranks if rank <= k]
@@ -196,17 +198,13 @@ def train_ranks(
         factors.write_prefix(trained)
         after = validation_losses(factors, low_ranks, data, split.validation_batches)
         _log_validation(data, after, num_steps)
-    result = TrainRanksResult(
-        None,
-        "not better",
+    result = replace(
+        result,
+        outcome="not better",
         examples_by_rank=examples_by_rank,
-        losses_before=before,
         losses_after=after,
         num_tokens=num_tokens,
         seconds=time.perf_counter() - start,
-        is_held_out=split.is_held_out,
-        base_loss=base_loss,
-        max_gap=max_gap,
     )
     for rank in low_ranks:
         if after[rank] > before[rank]:
@@ -288,9 +286,7 @@ def validation_losses(
     Of several processes, each computes a share of the batches, and all return the same.
 
     Args:
-        factors: The factors.
         ranks: The ranks, from 0 to R. Rank 0 is the base model.
-        data: Its ``loss`` computes the loss of a batch.
         batches: Validation batches, the same in each process.
 
     Raises:
@@ -347,12 +343,8 @@ def train_prefixes(
     Call it within `trainable_factors`, which restores the factors.
 
     Args:
-        factors: The ordered factors.
         ranks: The ranks to train, increasing.
-        data: The examples.
         indices: The indices of the examples to train on, in order.
-        seed: The seed of the schedule of the ranks.
-        options: The other hyperparameters.
 
     Returns:
         The trained components: A, shape (k, in), and B, shape (out, k), of each layer, in the dtype
@@ -365,7 +357,7 @@ def train_prefixes(
     examples_per_step = _round_up_to_processes(options.examples_per_step)
     num_steps = math.ceil(len(indices) / examples_per_step)
     total = sum(1 / rank for rank in ranks)
-    schedule = RankSchedule({rank: 1 / rank / total for rank in ranks}, seed)
+    schedule = rank_schedule({rank: 1 / rank / total for rank in ranks}, seed)
     k = max(ranks)
     start = factors.copy(k)
     factors.write_prefix(start)
@@ -379,7 +371,7 @@ def train_prefixes(
     is_shown = data.show_progress and state.is_main_process
     progress = training_bar(range(num_steps), "training ranks", is_shown=is_shown)
     for step in progress:
-        rank = schedule.next()
+        rank = next(schedule)
         step_indices = indices[step * examples_per_step : (step + 1) * examples_per_step]
         num_examples[rank] += len(step_indices)
         batches = data.batches(step_indices[state.process_index :: state.num_processes])
@@ -516,27 +508,19 @@ class _Components:
         self.values[:rank] -= learning_rate * first_moment / (second_moment.sqrt() + epsilon)
 
 
-class RankSchedule:
-    """Draws ranks so that each gets its share of the steps evenly over time.
+def rank_schedule(shares: Mapping[int, float], seed: int) -> Iterator[int]:
+    """Yield ranks indefinitely, so that each gets its share of the steps evenly over time.
 
     Args:
         shares: The share of each rank; their sum is 1.
         seed: Seed of where the schedule begins.
     """
-
-    def __init__(self, shares: Mapping[int, float], seed: int) -> None:
-        self._shares = shares
-        self._point = random.Random(seed).random()
-
-    def next(self) -> int:
-        """Return the rank of the next step."""
-        point = self._point
-        self._point = math.fmod(point + _GOLDEN_RATIO, 1.0)
-        for rank, share in self._shares.items():
-            point -= share
-            if point < 0:
-                return rank
-        return max(self._shares)  # the shares add up to less than 1 by rounding
+    ranks, limits = list(shares), list(itertools.accumulate(shares.values()))
+    limits[-1] = 1.0  # rounding may leave the sum below it
+    point = random.Random(seed).random()
+    while True:
+        yield ranks[bisect.bisect(limits, point)]
+        point = math.fmod(point + _GOLDEN_RATIO, 1.0)
 
 
 # Processes
