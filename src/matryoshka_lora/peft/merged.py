@@ -48,7 +48,7 @@ def write(lora: Lora, output_folder: Path, target: Target) -> Written:
     enlarge_vocabulary(model, lora)
     with tempfile.TemporaryDirectory(dir=output_folder) as folder:
         written = peft_folder.write(replace(lora, nesting=None), Path(folder), target)
-        peft_model = load_with_peft(model, peft_folder.read(folder))
+        peft_model = load_with_peft(model, replace(peft_folder.read(folder), name=lora.name))
     _untie_adapted_embeddings(model)
     if lora.config.get("layer_replication"):
         _copy_shared_weights(peft_model.get_base_model())
