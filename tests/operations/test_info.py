@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.loras import random_lora
 from helpers.models import tiny_llama, tiny_mixtral
 from helpers.plain_peft import plain_adapter
 from helpers.single_files import save_pairs
@@ -127,6 +128,21 @@ def test_base_model_and_trigger_words_are_in_the_metadata(
     save_file(load_file(file), file, metadata)
     result = info(file)
     assert (result.base_model, result.trigger_words) == (base_model, trigger_words)
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["lora_unet_a", "lora_unet_b", "lora_te_c"], {"unet": 2, "text_encoder": 1}),
+        (["lora_te1_a", "lora_te2_b"], {"text_encoder": 1, "text_encoder_2": 1}),
+        (["lora_transformer_a", "lora_te3_b"], {"text_encoder_3": 1, "transformer": 1}),
+        (["unet.a", "text_encoder_2.b"], {"text_encoder_2": 1, "unet": 1}),
+        (["diffusion_model.blocks.0.q", "other.q"], {"": 1, "diffusion_model": 1}),
+        (["lycoris_layers_0_q", "lora_unetwork"], {"": 2}),
+    ],
+)
+def test_layers_are_counted_by_part(names: list[str], parts: dict[str, int]) -> None:
+    assert info(random_lora(dict.fromkeys(names, (6, 6)))).parts == parts
 
 
 def test_a_folder_has_a_rank_at_which_each_lora_keeps_an_error(tmp_path: Path) -> None:

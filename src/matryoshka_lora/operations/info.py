@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -16,13 +17,8 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.linalg.allocation import LayerSpectrum, rank_for_share
 from matryoshka_lora.linalg.factors import relative_errors
-from matryoshka_lora.lora.contents import (
-    PartInfo,
-    layers_by_part,
-    modules_by_kind,
-)
 from matryoshka_lora.lora.convert import part_of_pipeline
-from matryoshka_lora.lora.keys import find_models
+from matryoshka_lora.lora.keys import PEFT_PREFIX, find_models, split_part
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.operations.server_plan import ServerPlan, plan_server
@@ -42,6 +38,8 @@ from matryoshka_lora.units import format_size, parse_share, pluralize
 
 _BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
 _MAX_TAGS = 5
+# kohya's and OneTrainer's names of parts; a text encoder may have a number.
+_KOHYA_PART = re.compile(r"(?:lora|lycoris)_(?P<part>unet|transformer|prior|te)(?P<number>\d?)_")
 
 
 @dataclass(frozen=True)
@@ -104,14 +102,15 @@ class LoraInfo:
             "file": f"{format_size(lora.size)}, {', '.join(self.dtypes)}",
         }
         if any(layer.kind != "LoRA" for layer in lora.layers):
-            rows["kinds"] = _format_counts(self.layers_by_kind)
+            counts = self.layers_by_kind.items()
+            rows["kinds"] = ", ".join(f"{kind} {number}" for kind, number in counts)
         if lora.original_error > 0:
             error = format_percent(lora.original_error)
             rows["error"] = f"relative error {error} against the original"
         if lora.other_tensors:
             size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
-            kinds = _format_counts(self.other_kinds)
-            rows["other"] = f"{kinds}: {size} at every rank, such as {min(lora.other_tensors)}"
+            tensors = pluralize(len(lora.other_tensors), "tensor")
+            rows["other"] = f"{tensors}: {size} at every rank, such as {min(lora.other_tensors)}"
         lines = [f"{lora.name} is {_kind_of(lora)}."]
         lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
         if self.layers:
@@ -141,14 +140,8 @@ class LoraInfo:
         return f"not named; the layers are of {models}" if models else "not named"
 
     def _described_parts(self) -> str:
-        """Return the number of layers, also of each part, and of its convolutions."""
-        parts: list[str] = []
-        for name, part in self.parts.items():
-            words = f"{name} {part.layers}".strip()
-            if part.convolutions:
-                words += f" ({pluralize(part.convolutions, 'convolution')})"
-            parts.append(words)
-        text = ", ".join(parts)
+        parts = self.parts
+        text = ", ".join(f"{name} {number}".strip() for name, number in parts.items())
         return text if len(parts) == 1 else f"{len(self.lora.layers)}: {text}"
 
     @property
@@ -169,14 +162,13 @@ class LoraInfo:
         return dict(Counter(layer.kind for layer in self.lora.layers))
 
     @property
-    def parts(self) -> dict[str, PartInfo]:
-        """The number of layers of each part of a pipeline; see `layers_by_part`."""
-        return layers_by_part(self.lora.layers)
+    def parts(self) -> dict[str, int]:
+        """The number of layers of each part of a pipeline; ``""`` is the part of other names.
 
-    @property
-    def other_kinds(self) -> dict[str, int]:
-        """The number of modules with other tensors by kind; see `modules_by_kind`."""
-        return modules_by_kind(self.lora.other_tensors)
+        The parts have the names of diffusers, or ``diffusion_model``, as in the names of a model's
+        authors. kohya's files call a transformer ``unet`` too.
+        """
+        return dict(sorted(Counter(_part_of(layer.name) for layer in self.lora.layers).items()))
 
     @property
     def alphas(self) -> list[float]:
@@ -221,8 +213,7 @@ class LoraInfo:
             "original_error": lora.original_error,
             "num_layers": len(lora.layers),
             "layers_by_kind": self.layers_by_kind,
-            "parts": {name: vars(part) for name, part in self.parts.items()},
-            "other_kinds": self.other_kinds,
+            "parts": self.parts,
             "other_tensors": sorted(lora.other_tensors),
             "bytes_by_rank": self.sizes,
             "errors_by_rank": self.errors,
@@ -406,8 +397,14 @@ def _by_layer(values: Iterable[float]) -> str:
     return f"{text}, depending on the layer" if " to " in text else text
 
 
-def _format_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{kind} {number}" for kind, number in counts.items())
+def _part_of(name: str) -> str:
+    match = _KOHYA_PART.match(name)
+    if match is None:
+        return split_part(name.removeprefix(PEFT_PREFIX))[0]
+    if match["part"] != "te":
+        return match["part"]
+    is_first = match["number"] in ("", "1")
+    return "text_encoder" if is_first else f"text_encoder_{match['number']}"
 
 
 def _format_layers(layers: Mapping[str, LayerInfo]) -> list[str]:
