@@ -21,14 +21,13 @@ from helpers.outputs import names_in
 from helpers.plain_peft import plain_adapter
 from helpers.tiny_chat import save_tiny_chat
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import matryoshka_lora
 from matryoshka_lora import Nesting, __version__, select
 from matryoshka_lora.cli import app
-from matryoshka_lora.peft.callback import NestingCallback
 from matryoshka_lora.training.train_ranks import Hyperparameters
 
 Run = Callable[[str | Sequence[str]], tuple[int, str, str]]
@@ -404,30 +403,6 @@ def test_ctrl_c_ends_with_one_line(
     code, _, stderr = run("info plain")
     assert code == 130
     assert stderr == "Stopped.\n"
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [(1, "Stopped."), (5, "Stopped. The same command resumes from checkpoint-4.")],
-)
-def test_ctrl_c_in_a_training_names_the_checkpoint(
-    step: int, expected: str, workspace: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(
-        self: object, args: object, state: TrainerState, *others: object, **_: object
-    ) -> None:
-        if state.global_step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(NestingCallback, "on_step_begin", interrupt)
-    save_tiny_chat(workspace / "base")
-    (workspace / "config.yaml").write_text(
-        "data: examples.jsonl\nbase_model: base\nmax_steps: 6\nsave_steps: 2\nlora: {r: 2}\n"
-        "per_device_train_batch_size: 2\noutput_dir: run\ndisable_tqdm: true\n"
-    )
-    code, _, stderr = run("train config.yaml")
-    assert code == 130
-    assert stderr.splitlines()[-1] == expected
 
 
 def test_a_finished_run_with_other_settings_fails(workspace: Path, run: Run) -> None:

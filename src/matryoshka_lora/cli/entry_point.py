@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from matryoshka_lora.cli import file_commands, model_commands
-from matryoshka_lora.cli.terminal import StoppedError, is_main_process, with_flags
+from matryoshka_lora.cli.terminal import is_main_process, with_flags
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, printable
 
 START = """Train one LoRA adapter, deploy it at any rank. What do you have?
@@ -75,9 +75,6 @@ def main() -> None:
     except (MatryoshkaError, OSError, MemoryError) as error:
         print(f"error: {_with_options(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except StoppedError as stop:
-        print(f"Stopped. {stop}", file=sys.stderr)
-        sys.exit(130)
     except SystemExit as exit_request:
         if exit_request.code == 130:  # Ctrl-C
             print("Stopped.", file=sys.stderr)

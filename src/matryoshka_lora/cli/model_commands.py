@@ -28,7 +28,6 @@ from matryoshka_lora.cli.arguments import (
     parse_ranks,
 )
 from matryoshka_lora.cli.terminal import (
-    StoppedError,
     is_main_process,
     print_line,
     print_loading,
@@ -88,14 +87,7 @@ def train(
     with optional_imports("train"):
         from matryoshka_lora import sft
 
-        settings = sft.read_config(config, overrides or [])
-        try:
-            result = sft.train(settings)
-        except KeyboardInterrupt as error:
-            checkpoint = sft.last_checkpoint(settings["output_dir"])
-            if checkpoint is None or not is_main_process():
-                raise
-            raise StoppedError(f"The same command resumes from {Path(checkpoint).name}.") from error
+        result = sft.train(sft.read_config(config, overrides or []))
     if not is_main_process():
         return
     typer.echo(str(result))

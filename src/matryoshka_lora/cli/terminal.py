@@ -13,30 +13,20 @@ import typer
 from matryoshka_lora.errors import printable
 
 
-class StoppedError(Exception):
-    """The user has pressed Ctrl-C. The message says how to go on."""
-
-
 def print_loading() -> None:
     """Print a loading notice to stderr."""
     typer.echo("Loading libraries and model", err=True)
 
 
 def print_line(line: str, err: bool = False) -> None:
-    """Print one line, with control characters escaped: it may hold a name from a file.
-
-    Args:
-        line: The line.
-        err: Whether to print to stderr.
-    """
+    """Print one line, with control characters escaped: it may hold a name from a file."""
     typer.echo(printable(line), err=err)
 
 
 def print_next(*words: object) -> None:
     """Print the command that a user may want to run next.
 
-    Args:
-        words: The words of the command. A `Path` that begins with a dash gets ``./`` before it.
+    A `Path` that begins with a dash gets ``./`` before it.
     """
     arguments = [
         f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
