@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError, short
+from matryoshka_lora.errors import MatryoshkaError, printable, short
 from matryoshka_lora.linalg.arrays import Array, Float64Array, common_dtype
 from matryoshka_lora.linalg.factors import inner_products, weighted_sum
 from matryoshka_lora.lora.convert import match_key_formats
@@ -54,7 +54,6 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     weights = [weight for weight in weights if weight != 0]
     if not loras:
         raise MatryoshkaError("All `weights` are 0. Pass at least one other weight.")
-    names = [lora.name for lora in loras]
     terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:
@@ -67,7 +66,6 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
         )
         for name in sorted(terms)
     )
-    _warn_if_wider(loras, layers)
     for lora in loras:
         if lora.small is not None:
             warnings.warn(
@@ -75,9 +73,12 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
                 f"up to {lora.small_rank}.",
                 stacklevel=3,
             )
+    # A name that is not UTF-8 has lone surrogates, which a header cannot hold.
+    names = [printable(Path(lora.name).name) for lora in loras]
+    parts = [f"{weight:g} x {name}" for weight, name in zip(weights, names, strict=True)]
     total = replace(
         loras[0],
-        name=" + ".join(names),
+        name=" + ".join(lora.name for lora in loras),
         layers=layers,
         files=tuple(file for lora in loras for file in lora.files),
         nesting=None,
@@ -86,13 +87,13 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
         deploy="reordered",
         original_error=0.0,  # the sum is a new original
         scores=(),
+        changes=(f"sum of {', '.join(parts)}",),
     )
     if total.container == "peft":
         return replace(total, config=_merge_configs([lora.config for lora in loras], layers))
-    file_names = [Path(name).name for name in names]
     return replace(
         total,
-        metadata=combined_metadata([lora.metadata for lora in loras], file_names, weights),
+        metadata=combined_metadata([lora.metadata for lora in loras]),
         other_tensors=_sum_weight_changes(loras, weights),
     )
 
@@ -143,13 +144,7 @@ def sum_layers(
 ) -> Layer:
     """Return a layer whose update is the weighted sum of the updates of some layers.
 
-    Args:
-        layers: The layers. The sum has the name and the keys of the first one.
-        weights: The weight of each.
-        sources: The file of each, for messages.
-
-    Raises:
-        MatryoshkaError: The layers have different shapes.
+    It has the name and the keys of the first one. Messages name the sources, the file of each.
     """
     first = layers[0]
     shapes = {(layer.num_experts, layer.in_shape, layer.out_features) for layer in layers}
@@ -186,18 +181,6 @@ def sum_layers(
         kind="LoRA",
         has_new_factors=True,
     )
-
-
-def _warn_if_wider(loras: Sequence[Lora], layers: Sequence[Layer]) -> None:
-    """Warn if a layer has a dtype that no source has: fp32, of fp16 and bf16."""
-    dtypes = {layer.dtype for lora in loras for layer in lora.layers}
-    for dtype in {layer.dtype for layer in layers} - dtypes:
-        warnings.warn(
-            f"The output is {dtype}, because the sources are "
-            f"{' and '.join(sorted(map(str, dtypes)))}. Convert them to one dtype for a smaller "
-            "file.",
-            stacklevel=4,
-        )
 
 
 def _merge_configs(configs: Sequence[Mapping[str, Any]], layers: Sequence[Layer]) -> dict[str, Any]:

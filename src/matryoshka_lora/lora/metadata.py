@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError, printable
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora.keys import (
     CONFIGS_KEY,
     DIFFUSERS_PARTS,
@@ -36,7 +35,6 @@ HASH_PREFIXES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
 """The fields that hold the SHA-256 of everything after the header, and the prefix of the value."""
 
 _COMMENT_KEY = "ss_training_comment"
-_TAGS_KEY = "ss_tag_frequency"
 _NETWORK_ARGS_KEY = "ss_network_args"
 # A hash of a part of the file, for an extension that is no longer maintained.
 _LEGACY_HASH_KEY = "sshs_legacy_hash"
@@ -61,15 +59,7 @@ _SEPARATORS = {
 
 
 def read_configs(metadata: Mapping[str, str], name: str) -> Configs:
-    """Return the LoraConfig of each part; empty if the metadata has none.
-
-    Args:
-        metadata: The metadata of the file.
-        name: The path of the file, for messages.
-
-    Raises:
-        MatryoshkaError: The configs are not a JSON object.
-    """
+    """Return the LoraConfig of each part; empty if the metadata has none."""
     configs: Configs = {}
     try:
         fields = json.loads(metadata.get(CONFIGS_KEY, "{}")).items()
@@ -136,14 +126,7 @@ def _updated_configs(configs: Configs, layers: Sequence[Layer], parts_with_biase
 
 
 def updated_metadata(lora: Lora) -> dict[str, str]:
-    """Return the metadata of an output.
-
-    Args:
-        lora: The output, with the metadata of its source.
-
-    Raises:
-        MatryoshkaError: The configs of diffusers in the metadata are damaged.
-    """
+    """Return the metadata of an output, which has the metadata of its source."""
     metadata = lora.metadata
     updated = {"format": "pt", **metadata}
     updated.pop(_LEGACY_HASH_KEY, None)
@@ -230,18 +213,11 @@ def _read_json(text: str | None) -> dict[str, Any]:
 # Sums
 
 
-def combined_metadata(
-    metadata: Sequence[Mapping[str, str]], names: Sequence[str], weights: Sequence[float]
-) -> dict[str, str]:
+def combined_metadata(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Return the metadata of a weighted sum, before `updated_metadata` updates it.
 
     A field stays if the sources that have it agree. Titles, trigger phrases, authors and licenses
-    are joined, and the frequencies of tags are added.
-
-    Args:
-        metadata: The metadata of each source.
-        names: The name of each source, which the training comment shows.
-        weights: The weight of each source.
+    are joined.
     """
     values_by_key: dict[str, list[str]] = {}
     for fields in metadata:
@@ -255,18 +231,4 @@ def combined_metadata(
             combined[key] = values[0]
         elif key in _SEPARATORS:
             combined[key] = _SEPARATORS[key].join(values)
-    if any(key.startswith("ss_") for key in values_by_key):
-        # A name that is not UTF-8 has lone surrogates, which a header cannot hold.
-        terms = [
-            f"{weight:g} x {printable(name)}" for name, weight in zip(names, weights, strict=True)
-        ]
-        combined[_COMMENT_KEY] = f"sum of {', '.join(terms)}"
-    if _TAGS_KEY in values_by_key:
-        tags_by_folder: dict[str, Counter[str]] = {}
-        for fields in metadata:
-            for folder, tags in _read_json(fields.get(_TAGS_KEY)).items():
-                with suppress(ValueError, TypeError, AttributeError, OverflowError):
-                    counts = Counter({tag: int(count) for tag, count in tags.items()})
-                    tags_by_folder.setdefault(folder, Counter()).update(counts)
-        combined[_TAGS_KEY] = json.dumps(tags_by_folder)
     return combined

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -155,17 +155,12 @@ def _check_weights(
         return [1.0] * num_sources
     if isinstance(weights, str) and weights == "mean":
         return [1 / num_sources] * num_sources
-    values: list[float] = []
-    for weight in check_list("weights", weights):
-        try:
-            value = float(weight)
-        except (TypeError, ValueError, OverflowError):
-            value = math.nan
-        if not (value == 0 or is_valid_scale(abs(value))):
+    values = check_list("weights", weights)
+    for weight in values:
+        if not isinstance(weight, Real) or not (weight == 0 or is_valid_scale(abs(weight))):
             raise MatryoshkaError(
                 f"`weights` must be numbers such as 0.5 or -1, got {short(weight)}."
             )
-        values.append(value)
     if len(values) != num_sources:
         raise MatryoshkaError(
             f"Got {len(values)} weights for {num_sources} sources. Pass one weight per source, "
