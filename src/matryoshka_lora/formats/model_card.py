@@ -108,12 +108,7 @@ def _source_name(folder: Path) -> str:
 
 
 def copy_license_files(folders: Sequence[Path], output_folder: Path) -> None:
-    """Copy the license files of all sources. Different files of one name get the source's name.
-
-    Args:
-        folders: The folders of the sources.
-        output_folder: An existing folder.
-    """
+    """Copy the license files of all sources. Different files of one name get the source's name."""
     for folder in folders:
         for pattern in LICENSE_FILES:
             for file in sorted(folder.glob(pattern)):
@@ -142,13 +137,6 @@ def model_card(
 
     Of the config it shows only fields that are known to be public, and no local path. The licenses,
     datasets, languages and tags of the sources stay. So does the text of a single source's card.
-
-    Args:
-        lora: The output.
-        config: The output's ``adapter_config.json``.
-        errors: The relative error of each rank of a nested adapter.
-        original_error: The relative error of the output against its original.
-        sources: The cards of the sources.
     """
     base_model = str(config.get("base_model_name_or_path") or "an unknown base model")
     title, hub_id = base_model, None
@@ -217,12 +205,14 @@ def model_card(
 
 def _score_table(lora: Lora) -> list[str]:
     """Return paragraphs with the scores of each rank that the output has; none without scores."""
-    ranks = _scored_ranks(lora)
+    ranks = {rank for scores in lora.scores for rank in scores.values if rank > 0}
+    if lora.nesting is None:
+        ranks &= {lora.max_rank}
     if not ranks:
         return []
     names = [_plain(f"{scores.task} {scores.metric}") for scores in lora.scores]
     lines = [f"| rank | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for rank in (0, *ranks):
+    for rank in (0, *sorted(ranks)):
         cells = [
             format_value(scores.values.get(rank), scores.standard_errors.get(rank))
             for scores in lora.scores
@@ -239,12 +229,6 @@ def _score_table(lora: Lora) -> list[str]:
     return ["\n".join(lines), note]
 
 
-def _scored_ranks(lora: Lora) -> list[int]:
-    """Return the ranks of an output that have scores: all, or its own if it is not nested."""
-    ranks = {rank for scores in lora.scores for rank in scores.values if rank > 0}
-    return sorted(ranks if lora.nesting is not None else ranks & {lora.max_rank})
-
-
 def _plain(name: str) -> str:
     """Return a name that cannot add markup to the card."""
     return re.sub(r"[^\w. -]", "?", name)
@@ -254,7 +238,7 @@ def _front_matter(
     lora: Lora, config: Mapping[str, Any], hub_id: str | None, sources: Sequence[SourceCard]
 ) -> str:
     """Return the fields at the start of the card, between lines of dashes."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
     fields: dict[str, Any] = {}
     for key in _KEPT_FIELDS:
@@ -269,21 +253,6 @@ def _front_matter(
     tags += ["lora", "matryoshka-lora"]
     if hub_id is not None:
         tags.append(f"{_ADAPTER_TAG}{hub_id}")
-    eval_results = [
-        EvalResult(
-            task_type=fields["pipeline_tag"] or "text-generation",
-            dataset_type=scores.task,
-            dataset_name=scores.task,
-            metric_type=scores.metric,
-            metric_name=f"{scores.metric} at rank {rank}",
-            metric_value=scores.values[rank],
-        )
-        for scores in lora.scores
-        for rank in _scored_ranks(lora)
-        if rank in scores.values
-    ]
-    if eval_results:
-        fields.update(eval_results=eval_results, model_name=f"LoRA of rank {lora.max_rank}")
     data = ModelCardData(
         license=_common_license(sources),
         library_name="peft",
