@@ -50,11 +50,6 @@ def select_for_vllm(
     """Return the adapters that one server can serve, and why it cannot serve the others, by name.
 
     A server has one base model: the one that most adapters name, or of several the first one's.
-
-    Args:
-        loras: PEFT folders by name.
-        base_model: The base model of all adapters; see `base_model_of`.
-        base_revision: Its revision on the Hub.
     """
     base_models: dict[str, tuple[str, str | None]] = {}
     problems: dict[str, str] = {}
@@ -71,12 +66,6 @@ def select_for_vllm(
             if actual != expected:
                 models = [" at ".join(filter(None, model)) for model in (actual, expected)]
                 problems[name] = f"Its base model is {models[0]}, and the server's is {models[1]}."
-                if counts[actual] == counts[expected]:
-                    first = next(other for other in base_models if base_models[other] == expected)
-                    problems[name] += (
-                        f" As many adapters name each, so {first} decides. Serve a folder for each "
-                        "base model."
-                    )
     return {name: lora for name, lora in loras.items() if name not in problems}, problems
 
 
@@ -96,10 +85,6 @@ def slot_size(loras: Iterable[Lora], max_rank: int) -> int | None:
     It assumes the option `target_modules`, and that one of the adapters has a layer in each block
     of the base model. vLLM fuses queries, keys and values: if no adapter has one of them, it counts
     as the smallest of the others.
-
-    Args:
-        loras: The adapters of the server.
-        max_rank: Its ``--max-lora-rank``.
     """
     loras = list(loras)
     if not target_modules(loras):
