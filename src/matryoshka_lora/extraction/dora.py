@@ -111,13 +111,7 @@ def _flatten(tensor: StoredTensor) -> StoredTensor:
 def apply_dora(base: ModelFiles, dora: Dora, architecture: Architecture) -> ModelFiles:
     """Return the base model with a DoRA adapter.
 
-    Args:
-        base: The base model; for a single file, from `rename_for_pipeline`.
-        dora: The adapter.
-        architecture: The architecture of the base model.
-
-    Raises:
-        MatryoshkaError: A layer of the adapter does not fit the base model.
+    For an adapter in a single file, the base model is from `rename_for_pipeline`.
     """
     lora = dora.lora
     if lora.config.get("fan_in_fan_out") and not architecture.modules:

@@ -225,13 +225,8 @@ def extract(
     }
     notes: tuple[str, ...] = ()
     if max_error is not None and errors[max(errors)] > max_error * (1 + 1e-6):
-        num_bounded = sum(value == rank for value in result.ranks.values())
-        reason = "rounding of the factors"
-        if num_bounded:
-            reason = f"the requested rank, which limits {pluralize(num_bounded, 'layer')}"
-        elif max_size is not None:
-            reason = "the requested size"
-        notes = (f"The error is larger than requested because of {reason}.",)
+        limits = "the rank, the size or the rounding of the factors"
+        notes = (f"The error is larger than requested, because of {limits}.",)
     return ExtractResult(
         path=path,
         ranks=result.ranks,

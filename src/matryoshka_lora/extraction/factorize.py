@@ -59,12 +59,8 @@ def factorize_change(
 ) -> tuple[Tensor, Tensor, Change]:
     """Factorize the change D of one weight.
 
-    Args:
-        name: The name of the layer.
-        weight: The weight before and after.
-        max_rank: The rank of the factors, unless D has a smaller one.
-        share: Use the smallest rank that keeps this share of the squared norm of D instead, if it
-            does not exceed ``max_rank``.
+    With a share, the rank is the smallest one that keeps this share of the squared norm of D, if it
+    does not exceed ``max_rank``.
 
     Returns:
         A and B in the shapes that PEFT saves, float32, and the norms of the change.
@@ -152,13 +148,6 @@ def factorize_layers(
     With a maximum error, the factors have at least the ranks that `ranks_for_error` needs: a layer
     that may need further components is factorized again, at twice the rank.
 
-    Args:
-        weights: The weights before and after fine-tuning, by the name of the layer.
-        folder: The folder of the factors, from `resumable_folder`.
-        max_rank: An upper bound of each rank.
-        share: The share of the squared norm that each layer keeps.
-        max_error: The maximum relative error over all layers.
-
     Returns:
         The layers, with the keys of a PEFT folder, and the `Change` of each layer.
     """
@@ -226,19 +215,11 @@ def resumable_folder(
     """Yield a folder next to the output, which is deleted at the end unless there is an exception.
 
     A folder of the same sources and settings is used again; the content of another one is deleted
-    first. Only one process at a time uses it.
-
-    Args:
-        output: The output.
-        sources: The files of both models. A changed or replaced file is another source.
-        settings: Everything else that the factors depend on.
-
-    Raises:
-        MatryoshkaError: The folder is not one of an extraction, or another process uses it.
+    first. Only one process at a time uses it. A changed or replaced file is another source, and the
+    settings are everything else that the factors depend on.
     """
     folder = output.absolute().with_name(f".{output.name}.extracting")
-    with wrap_errors(f"Cannot write {output}", "Pass another path.", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     settings_file = folder / "settings.json"
     names = {file.name for file in folder.iterdir()} - {"lock"}
     if folder.is_symlink() or (names and settings_file.name not in names):

@@ -179,14 +179,7 @@ def rename_for_pipeline(base: ModelFiles, tuned: ModelFiles) -> tuple[ModelFiles
     """Return both models with keys that begin with the part of the pipeline.
 
     OpenCLIP's fused projections are split into the query, key and value projections of
-    transformers.
-
-    Args:
-        base: The model before fine-tuning.
-        tuned: The fine-tuned model. Its keys may follow another naming convention.
-
-    Raises:
-        MatryoshkaError: The model is not recognised.
+    transformers. The keys of the tuned model may follow another naming convention.
     """
     base_prefix = _find_prefix(base)
     if base_prefix is None:
@@ -349,16 +342,6 @@ def compare_models(
     """Return the tensors that fine-tuning changed. Two tensors are in memory at a time.
 
     Weights that are tied to saved ones are saved too: PEFT would untie them.
-
-    Args:
-        base: The base model.
-        tuned: The fine-tuned model.
-        architecture: The architecture of the base model.
-        modules_to_save: Name suffixes of modules that are saved as they are.
-
-    Raises:
-        MatryoshkaError: The models are not versions of one model, no layer changed, or a name of
-            ``modules_to_save`` matches no module that changed.
     """
     if not base.tensors.keys() & tuned.tensors.keys():
         raise MatryoshkaError(
@@ -401,20 +384,16 @@ def compare_models(
     changed_modules = {_module_of(key) for key in others}
     if not layers:
         key = min(others, default="")
+        reason = "No linear layer and no convolution changed"
         if not others:
-            reason = (
-                "No linear layer and no convolution changed. Pass a model and its tuned version."
-            )
+            reason += ". Pass a model and its tuned version."
         elif architecture.modules and not changed_modules & architecture.modules.keys():
             reason = (
-                "The class of the model has no module of the weights that changed, e.g. "
-                f"{short(key)}. Load both models with transformers and save them again. If that "
-                "keeps the names of the weights, the class is not supported."
+                f"The class of the model has no module of {short(key)}, which changed. Load both "
+                "models with transformers and save them again."
             )
-        elif others[key].dtype.itemsize == 1:
-            reason = f"{short(key)} is {others[key].dtype}. Pass both models in fp32, bf16 or fp16."
         else:
-            reason = f"Only non-LoRA weights changed, e.g. {key}."
+            reason += f", but others did, such as {short(key)} in {others[key].dtype}."
         raise MatryoshkaError(reason)
 
     saved_modules = {name for name in changed_modules if name.endswith(suffixes)}
