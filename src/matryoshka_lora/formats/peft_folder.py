@@ -63,14 +63,7 @@ def read(path: PathLike, name: str | None = None) -> Lora:
     """Open a folder that PEFT has saved.
 
     Nesting metadata and the small adapter are ignored, with a warning, unless the checksum matches.
-
-    Args:
-        path: The folder.
-        name: The name in messages. Defaults to the path.
-
-    Raises:
-        MatryoshkaError: The folder is not a LoRA, is damaged, or is a variant that cannot be
-            truncated.
+    Messages have the name, or else the path.
     """
     name = name or str(path)
     lora, nesting, tensors = _read_adapter(Path(path), name)
@@ -120,9 +113,6 @@ def find_layers(
         tensors: The tensors of the file by key, or PEFT's state dict of the adapter.
         config: PEFT's LoraConfig as a dictionary.
         name: The adapter's name in messages.
-
-    Raises:
-        MatryoshkaError: The adapter cannot be truncated, or its tensors do not fit its config.
     """
     check_plain_lora(config, name)
     ranks_and_scales = RanksAndScales(config, name)
@@ -166,7 +156,6 @@ def find_layers(
 
 def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) -> Lora:
     """Return a LoRA with the nesting of its metadata, if that still describes its factors."""
-    reason = ""
     first = lora.layers[0]
     try:
         saved = json.loads(record)
@@ -181,18 +170,16 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
             layers = tuple(with_weighted_values(layer, values) for layer in layers)
         scores = tuple(map(_read_scores, saved.get("scores", ())))
     except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        reason = "the nesting in the metadata is damaged"
+        is_unchanged = False
     else:
         expected = (nesting.max_rank, nesting.scale)
-        if (
-            any((layer.rank, layer.scale) != expected for layer in lora.layers)
-            or stored_checksum(lora.layers, tensors) != checksum
-        ):
-            reason = "the factors have changed since their nesting was recorded"
-    if reason:
+        is_unchanged = stored_checksum(lora.layers, tensors) == checksum and all(
+            (layer.rank, layer.scale) == expected for layer in lora.layers
+        )
+    if not is_unchanged:
         warnings.warn(
-            f"{lora.name}: {reason}, so it is read as plain LoRA. Ranks that were trained are "
-            "lost.",
+            f"{lora.name}: the factors have changed since their nesting was recorded, or the "
+            "record is damaged, so it is read as plain LoRA. Ranks that were trained are lost.",
             stacklevel=4,
         )
         return lora
