@@ -30,10 +30,6 @@ def resolve_model_path(name: str, revision: str | None = None) -> str:
     It is the name itself, but the bundled model is unpacked into a folder first. It also stands in
     for its original without a revision, with a warning in the log, unless the original is in the
     Hub's cache.
-
-    Raises:
-        MatryoshkaError: The bundled model is not installed.
-        MissingDependencyError: Unpacking it needs packages that are not installed.
     """
     if name == BUNDLED_MODEL:
         return str(bundled_model_path())

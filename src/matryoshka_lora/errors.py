@@ -82,11 +82,7 @@ def check_choice(parameter: str, value: object, choices: Collection[str]) -> Non
 def check_integer(
     parameter: str, value: object, minimum: int = 1, maximum: int | None = None
 ) -> int:
-    """Return the value of a parameter as an int.
-
-    Raises:
-        MatryoshkaError: It is not an integer from ``minimum`` to ``maximum``.
-    """
+    """Return the value of a parameter as an int from ``minimum`` to ``maximum``."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise MatryoshkaError(f"`{parameter}` must be an integer, got {short(value)}.")
     integer = int(value)  # JSON does not accept NumPy's integers
@@ -98,11 +94,7 @@ def check_integer(
 
 
 def check_list(parameter: str, values: Iterable[T]) -> tuple[T, ...]:
-    """Return the value of a parameter that is a list as a tuple.
-
-    Raises:
-        MatryoshkaError: It is a single string or path, or cannot be iterated over.
-    """
+    """Return the value of a parameter that is a list, and no single string or path, as a tuple."""
     if isinstance(values, (str, os.PathLike)) or not isinstance(values, Iterable):
         raise MatryoshkaError(f"`{parameter}` must be a list, got {short(values)}.")
     return tuple(values)

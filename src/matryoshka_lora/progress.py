@@ -21,14 +21,7 @@ def progress_bar(items: Sequence[T], description: str) -> Iterator[T]:
 def training_bar(
     items: Sequence[T], description: str, *, is_shown: bool, leave: bool = True
 ) -> tqdm:
-    """Return a progress bar that a notebook and a log file show too, as transformers' does.
-
-    Args:
-        items: The items to iterate over.
-        description: The text before the bar.
-        is_shown: Whether the bar is shown.
-        leave: Whether the bar stays at the end.
-    """
+    """Return a progress bar that a notebook and a log file show too, as transformers' does."""
     return tqdm(
         items,
         description,

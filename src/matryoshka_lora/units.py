@@ -13,15 +13,7 @@ _EXPONENTS = {"": 0, "k": 1, "m": 2, "g": 3}
 
 
 def parse_share(share: str | float) -> float:
-    """Return a share between 0 and 1.
-
-    Args:
-        share: A percentage such as ``"95%"``, or a number such as ``0.95``. It lies strictly
-            between 0 and 1.
-
-    Raises:
-        MatryoshkaError: It is not such a share.
-    """
+    """Return a percentage such as ``"95%"``, or a number such as ``0.95``, strictly in (0, 1)."""
     value: float = 0
     if isinstance(share, (int, float)) and not isinstance(share, bool):
         value = share
@@ -42,9 +34,6 @@ def parse_size(size: str | float, whole: int | None = None) -> int:
         size: Bytes, or a string such as ``"50MB"``, ``"1.5 GB"`` or ``"20MiB"``. k, M and G are
             powers of 1000, and Ki, Mi and Gi of 1024.
         whole: The bytes of which ``size`` may be a percentage, such as ``"25%"``.
-
-    Raises:
-        MatryoshkaError: It is not a positive size.
     """
     if whole is not None and "%" in str(size):
         return int(parse_share(size) * whole)

@@ -61,10 +61,6 @@ class RankResolver:
         Args:
             base_model_name: The base model of the server.
             lora_name: The name of a folder, or NAME@RANK for a rank of it.
-
-        Raises:
-            MatryoshkaError: The rank is not available, the adapter has another base model, is
-                damaged, or vLLM cannot read it.
         """
         from vllm.lora.request import LoRARequest
 

@@ -62,15 +62,7 @@ _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.safetensors))?")
 def copy_companion_files(
     folder: Path, output_folder: Path, patterns: tuple[str, ...] = COMPANION_FILES
 ) -> None:
-    """Copy the companion files of an adapter.
-
-    Symbolic links out of the folder are not followed.
-
-    Args:
-        folder: The adapter's folder.
-        output_folder: An existing folder.
-        patterns: The files to copy.
-    """
+    """Copy the companion files of an adapter. Symbolic links out of its folder are not followed."""
     for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
             if not is_foreign_link(file, folder) and file.is_file():

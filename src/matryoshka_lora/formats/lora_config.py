@@ -32,15 +32,7 @@ _MAX_REPETITIONS = 8  # in a regular expression
 
 
 def check_plain_lora(config: Mapping[str, Any], name: str) -> None:
-    """Reject adapters that are not LoRA, or whose update is not ``s B A``.
-
-    Args:
-        config: PEFT's LoraConfig as a dictionary.
-        name: The adapter's name in messages.
-
-    Raises:
-        MatryoshkaError: The adapter is not supported.
-    """
+    """Raise MatryoshkaError for adapters that are not LoRA, or whose update is not ``s B A``."""
     if config.get("peft_type") != "LORA":
         raise MatryoshkaError(
             f"{name} has peft_type={short(config.get('peft_type'))}, which is not supported. "
@@ -67,15 +59,7 @@ def check_plain_lora(config: Mapping[str, Any], name: str) -> None:
 
 
 class RanksAndScales:
-    """The rank and the scale of each layer according to PEFT's LoraConfig.
-
-    Args:
-        config: The LoraConfig as a dictionary.
-        name: The adapter's name in messages.
-
-    Raises:
-        MatryoshkaError: A pattern is not a regular expression, or may take forever to match.
-    """
+    """The rank and the scale of each layer according to PEFT's LoraConfig."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self._config = config

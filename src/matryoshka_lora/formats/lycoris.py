@@ -45,9 +45,6 @@ def read_lycoris_layers(
         read_scale: Returns the scale of a layer, which may be negative, from its name, the rank
             that alpha is divided by, and the key of its alpha.
         file_name: The path of the file, for messages.
-
-    Raises:
-        MatryoshkaError: A tensor is missing, or the shapes do not fit each other.
     """
     modules: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in tensors.items():
@@ -77,11 +74,6 @@ def read_lycoris_layers(
 def _create_product(
     name: str, matrices: Mapping[str, StoredTensor], file_name: str
 ) -> _Loha | _Lokr:
-    """Return the product of a module's matrices.
-
-    Raises:
-        MatryoshkaError: A tensor is missing, or the shapes do not fit each other.
-    """
     product: _Loha | _Lokr | None = None
     with suppress(KeyError):
         if "hada_w1_a" in matrices:

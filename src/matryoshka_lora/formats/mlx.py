@@ -29,15 +29,7 @@ WEIGHTS_NAME = "adapters.safetensors"
 
 
 def read(folder: Path, name: str) -> Lora:
-    """Open a folder that mlx-lm has saved, as the LoRA of a PEFT folder.
-
-    Args:
-        folder: The folder.
-        name: The name in messages.
-
-    Raises:
-        MatryoshkaError: The folder is not a LoRA of linear layers, or is damaged.
-    """
+    """Open a folder that mlx-lm has saved, as the LoRA of a PEFT folder."""
     config = read_json(folder / CONFIG_NAME)
     fine_tune_type = config.get("fine_tune_type", "lora")
     if fine_tune_type != "lora":

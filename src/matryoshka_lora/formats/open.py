@@ -41,11 +41,7 @@ def open_lora(path: PathLike, *, revision: str | None = None, alpha: float | Non
 
 
 def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
-    """Open a LoRA in PEFT's format, for a causal language model. See `open_lora` for arguments.
-
-    Raises:
-        MatryoshkaError: The LoRA is a single file.
-    """
+    """Open a LoRA in PEFT's format, for a causal language model. See `open_lora` for arguments."""
     lora = open_lora(path, revision=revision)
     if lora.container == "single":
         raise MatryoshkaError(

@@ -38,11 +38,6 @@ def name_in_block(layer_name: str) -> str:
 def read_base_config(lora: Lora, target: Target, runtime: str) -> dict[str, Any]:
     """Return the ``config.json`` of the base model of an output for a runtime.
 
-    Args:
-        lora: The output.
-        target: The base model, if it is not the one that the LoRA names.
-        runtime: The name of the runtime, for messages.
-
     Raises:
         MatryoshkaError: The config cannot be read, or the runtime does not support the base model
             or a tensor of the LoRA.

@@ -317,10 +317,7 @@ def _describe_conversions(layers: Sequence[Layer], tensors: Tensors) -> tuple[st
         if count:
             notes.append(f"{pluralize(count, f'{kind} layer')} became LoRA.")
     if any(tensors[layer.keys.A].is_float8 for layer in layers if layer.keys.A in tensors):
-        notes.append(
-            "The float8 factors became bf16: rounding the new ones to float8 again would add an "
-            "error of 4 to 7 %."
-        )
+        notes.append("The float8 factors became bf16.")
     return tuple(notes)
 
 

@@ -49,11 +49,7 @@ class Written:
     error_ranks: tuple[int, ...] | None = None
 
     def relative_error(self, rank: int | None = None) -> float:
-        """Return the relative error of a rank; see `linalg.factors.relative_error`.
-
-        Args:
-            rank: Defaults to the ranks of the output.
-        """
+        """Return the relative error of a rank, or of the ranks of the output."""
         return relative_error(self.squared_errors, self.ranks if rank is None else rank)
 
     def relative_errors(self, ranks: Iterable[int]) -> dict[int, float]:
@@ -72,9 +68,6 @@ class Written:
         """Return the relative error of the output against the original of a LoRA.
 
         A rank that was trained is no truncation of the original, so its error says nothing.
-
-        Args:
-            lora: The LoRA that was written.
         """
         if lora.order == "trained":
             return lora.original_error

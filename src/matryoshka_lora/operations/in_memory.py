@@ -45,22 +45,11 @@ def adapter_in_memory(
 ) -> Iterator[tuple[NestedAdapter, PreTrainedTokenizerBase]]:
     """Load a LoRA onto its base model, and write it as a nested adapter at the end.
 
-    Args:
-        source: A PEFT folder, or its Hub id.
-        output: The folder to write.
-        inputs: Data. Paths among them are not replaced by the output.
-        base_model: A folder or Hub id. Defaults to the model that the adapter's config names.
-        base_revision: Its revision on the Hub. Defaults to the one that the config names.
-        revision: Branch, tag or commit of the source on the Hub.
-        dtype: Dtype of the base model, as `load_model` takes it. Chosen by the hardware by default.
-        model_args: More arguments of `load_model`.
-        force: Whether to replace an earlier output of this package. Nothing else is replaced.
+    Paths among the ``inputs`` are not replaced by the output. See `matryoshka_lora.reorder` for the
+    other arguments and the errors.
 
     Yields:
         The adapter, to be changed, and the tokenizer.
-
-    Raises:
-        MatryoshkaError: The source or the base model cannot be read, or the output already exists.
     """
     lora = open_adapter(source, revision)
     sources: list[PathLike] = [*lora.sources]
@@ -99,23 +88,8 @@ def weighted_by_pictures(
     It keeps its keys, unless diffusers splits or fuses its layers.
 
     Layers without a gradient keep the order of the SVD. Their weighted values are their singular
-    values, times a factor that the other layers have on average.
-
-    Args:
-        lora: A LoRA for the pipeline.
-        pipeline: A pipeline of diffusers: a folder, a Hub id, or one in memory that has no LoRA.
-        prompts: The prompts.
-        pipeline_args: Arguments of the pipeline.
-        dtype: The dtype of a pipeline on disk. Chosen by the hardware by default.
-        offload: Whether the parts of a pipeline on disk are on the accelerator only while they
-            compute.
-        seed: The seed of the noise, and of the random directions.
-
-    Raises:
-        MatryoshkaError: An argument is not valid, the pipeline cannot be loaded or cannot draw, or
-            no layer gets a gradient.
-        MissingDependencyError: diffusers is not installed.
-        NotFiniteError: A factor or a gradient is NaN or infinite.
+    values, times a factor that the other layers have on average. See `matryoshka_lora.reorder`
+    for the arguments and the errors.
     """
     with optional_imports("image"):
         from matryoshka_lora.peft.pipeline import (

@@ -59,12 +59,7 @@ class ServerPlan:
 
 
 def plan_server(loras: Mapping[str, Lora], ranks: Mapping[str, int]) -> ServerPlan | None:
-    """Return a plan for the language models among some LoRAs, or None if vLLM can serve none.
-
-    Args:
-        loras: The LoRAs by name.
-        ranks: The rank that each of them needs, by name.
-    """
+    """Return a plan for the language models among some LoRAs, or None if vLLM can serve none."""
     adapters = {
         name: lora
         for name, lora in loras.items()
