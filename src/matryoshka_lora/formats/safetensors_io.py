@@ -193,16 +193,18 @@ def write_lora_tensors(lora: Lora, file: Path) -> Written:
     """
     written = Written(lora.ranks)
     checksum = Checksum()
+    checksum_keys = {NESTING_KEY, ORDER_KEY} & lora.metadata.keys()
     metadata = {**lora.metadata, **error_metadata()}
     with create_safetensors(file, _lora_tensors(lora), metadata) as writer:
         for layer, factors in written.compute(lora):
             A, B = layer.to_tensors(factors)
             writer.write(layer.keys.A, A)
             writer.write(layer.keys.B, B)
-            checksum.update(A, B)
+            if checksum_keys:
+                checksum.update(A, B)
         for key, tensor in lora.other_tensors.items():
             writer.write(key, tensor.read())
-        for key in {NESTING_KEY, ORDER_KEY} & lora.metadata.keys():
+        for key in checksum_keys:
             record = json.loads(lora.metadata[key])
             record["checksum"] = checksum.hexdigest()
             writer.metadata[key] = json.dumps(record)

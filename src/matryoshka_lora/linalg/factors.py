@@ -60,6 +60,16 @@ def svd_of_product(A: Array, B: Array, rank: int | None = None) -> SVD:
         B: Shape (..., out, R).
         rank: The number of singular vectors. All singular values are returned.
     """
+    outputs, core, inputs = _core(A, B, rank)
+    return SVD(outputs @ core.left, core.values, core.right @ inputs)
+
+
+def _core(A: Array, B: Array, rank: int | None) -> tuple[Float64Array, SVD, Float64Array]:
+    """Return outputs, core and inputs with ``B A = outputs left diag(values) right inputs``.
+
+    Outputs and inputs have the shapes of B and A. The singular vectors of the core have R elements,
+    so scaling them costs nothing.
+    """
     # float64, because the product of two float32 factors needs more digits than float32, and the
     # SVD of a near-degenerate core would mix columns.
     A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
@@ -67,14 +77,14 @@ def svd_of_product(A: Array, B: Array, rank: int | None = None) -> SVD:
     if r_in is not None and r_out is not None:
         u, s, vh = np.linalg.svd(r_out @ transpose(r_in))
         # Q = A^T R^-1, of which only the product with a small matrix is computed.
-        left = B @ np.linalg.solve(r_out, u[..., :rank])
-        right = transpose(np.linalg.solve(r_in, transpose(vh[..., :rank, :]))) @ A
-        return SVD(left, _without_rounding(s, r_in, r_out), right)
+        left = np.linalg.solve(r_out, u[..., :rank])
+        right = transpose(np.linalg.solve(r_in, transpose(vh[..., :rank, :])))
+        return B, SVD(left, _without_rounding(s, r_in, r_out), right), A
     q_in, r_in = np.linalg.qr(transpose(A))
     q_out, r_out = np.linalg.qr(B)
     u, s, vh = np.linalg.svd(r_out @ transpose(r_in), full_matrices=False)
-    left, right = q_out @ u[..., :rank], vh[..., :rank, :] @ transpose(q_in)
-    return SVD(left, _without_rounding(s, r_in, r_out), right)
+    core = SVD(u[..., :rank], _without_rounding(s, r_in, r_out), vh[..., :rank, :])
+    return q_out, core, transpose(q_in)
 
 
 def reorder_factors(
@@ -99,17 +109,17 @@ def reorder_factors(
         but the rows of A that belong to the singular value 0.
     """
     rank = A.shape[-2] if rank is None else rank
-    svd = svd_of_product(A if p is None else A.astype(np.float64) * p[:, None], B, rank)
-    largest = np.take_along_axis(
-        svd.right, np.abs(svd.right).argmax(axis=-1, keepdims=True), axis=-1
-    )
-    signs = np.where(largest < 0, -1.0, 1.0)
-    values = svd.values[..., :rank]
-    new_A, new_B = SVD(svd.left * transpose(signs), values, svd.right * signs).factors()
+    outputs, core, inputs = _core(A if p is None else A.astype(np.float64) * p[:, None], B, rank)
+    values = core.values[..., :rank]
+    core_A, core_B = SVD(core.left, values, core.right).factors()
+    new_A = core_A @ inputs
+    signs = np.where(-new_A.min(axis=-1) > new_A.max(axis=-1), -1.0, 1.0)
+    new_A *= signs[..., :, None]
+    new_B = outputs @ (core_B * signs[..., None, :])
     # A layer narrower than R has fewer singular values than R.
-    new_A = pad_end(new_A, rank - values.shape[-1], axis=-2).astype(A.dtype)
-    new_B = pad_end(new_B, rank - values.shape[-1], axis=-1).astype(B.dtype)
-    return new_A, new_B, pad_end(svd.values, A.shape[-2] - svd.values.shape[-1], axis=-1)
+    new_A = pad_end(new_A, rank - values.shape[-1], axis=-2).astype(A.dtype, copy=False)
+    new_B = pad_end(new_B, rank - values.shape[-1], axis=-1).astype(B.dtype, copy=False)
+    return new_A, new_B, pad_end(core.values, A.shape[-2] - core.values.shape[-1], axis=-1)
 
 
 def reorder_by_moments(

@@ -19,6 +19,7 @@ from matryoshka_lora.linalg.arrays import (
     Float64Array,
     cast,
     common_dtype,
+    is_finite,
 )
 from matryoshka_lora.linalg.factors import singular_values
 from matryoshka_lora.linalg.kronecker import KroneckerSVD
@@ -230,9 +231,8 @@ class Layer:
             else:
                 matrix_A = matrix_A.reshape(num_experts, rank, -1)
                 matrix_B = matrix_B.reshape(len(matrix_B), rank, num_experts).transpose(2, 0, 1)
-            # In float32, because norms of larger float64 factors would be infinite.
             for matrix in (matrix_A, matrix_B):
-                if not np.isfinite(cast(matrix, np.dtype(np.float32))).all():
+                if not is_finite(matrix):
                     raise NotFiniteError(
                         f"{source}: the factors of {name} are NaN or infinite. If training "
                         "diverged, train again with a lower learning rate."

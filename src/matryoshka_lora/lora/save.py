@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from matryoshka_lora.atomic import PathLike, create_file, create_folder
 from matryoshka_lora.errors import (
     MatryoshkaError,
@@ -17,7 +15,7 @@ from matryoshka_lora.errors import (
     printable,
     short,
 )
-from matryoshka_lora.linalg.arrays import Float64Array, cast
+from matryoshka_lora.linalg.arrays import Float64Array, cast, is_finite
 from matryoshka_lora.linalg.factors import compose_errors, relative_error, relative_errors
 from matryoshka_lora.lora.layer import Factors, Layer
 from matryoshka_lora.lora.truncate import prefix_errors, with_small_errors
@@ -83,7 +81,7 @@ class Written:
             for layer in progress_bar(lora.layers, "computing"):
                 factors = layer.read()
                 A, B = cast(factors.A, layer.dtype), cast(factors.B, layer.dtype)
-                if not (np.isfinite(A).all() and np.isfinite(B).all()):
+                if not (is_finite(A) and is_finite(B)):
                     raise NotFiniteError(
                         f"{lora.name}: the new factors of {layer.name} are too large for "
                         f"{layer.dtype}. Save it in fp32 first."
