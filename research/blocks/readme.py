@@ -100,12 +100,19 @@ def readme_findings() -> str:
         `train_ranks` is better.** A trained rank may be better than R, which stays as it is: it has
         seen more examples. The small adapters here have rank {min(small_ranks)} to
         {max(small_ranks)}.""",
-        """* **If you deploy rank 1 or 2 only, train at that rank**: it costs one run, and is
-        sometimes better, by far if few layers are adapted
+        """* **If you deploy rank 1 or 2 only, train at that rank too, and compare**: it costs one
+        run. With few adapted layers it was far better than half a run of `train_ranks`
         ([details](docs/results.md#where-rank-matters)).""",
     ]
     lines = [fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets]
-    return "\n".join(["± is half of a 95 % interval over seeds.", "", *lines])
+    return "\n".join(
+        [
+            "Differences are means over seeds, where the table has medians. "
+            "± is half of a 95 % interval.",
+            "",
+            *lines,
+        ]
+    )
 
 
 @block
