@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from matryoshka_lora import Nesting
-from research.blocks.reordering import SIZES, TASK_NAMES
+from research.blocks.reordering import SIZES, TASK_NAMES, divergences
 from research.curves import accuracies, curves, of_method, reference_accuracies
 from research.looks import (
     LOOKS,
@@ -30,7 +30,7 @@ from research.looks import (
     set_rank_axis,
 )
 from research.plan import Result
-from research.study import LORA_EACH, ROOT, RUNS, load_study, parse_method
+from research.study import LORA_EACH, ROOT, load_study, parse_method
 
 OUTPUT = ROOT / "docs" / "figures"
 
@@ -297,29 +297,19 @@ def deployments_of_p(figure: Any, mode: Mode) -> None:
 def reordering(figure: Any, mode: Mode) -> None:
     """Draw the divergence of each order against the size, with a dot for each adapter."""
     figure.set_size_inches(12.0, 4.2)
-    cells = [json.loads(line) for line in (RUNS / "reordering.jsonl").read_text().splitlines()]
-    tasks = [task for task in TASK_NAMES if any(cell["task"] == task for cell in cells)]
-    panels = figure.subplots(1, len(tasks), sharey=True)
-    for axes, task in zip(panels, tasks, strict=True):
+    panels = figure.subplots(1, len(TASK_NAMES), sharey=True)
+    for axes, (task, name) in zip(panels, TASK_NAMES.items(), strict=True):
         for (order, allocation), (label, look) in ORDER_LOOKS.items():
-            divergences = {
-                rank: [
-                    cell["divergence"]
-                    for cell in cells
-                    if (cell["task"], cell["rank"], cell["order"], cell["allocation"])
-                    == (task, rank, order, allocation)
-                ]
-                for rank in SIZES
-            }
             color = look.color(mode)
-            for rank, values in divergences.items():
+            values_by_rank = {rank: divergences(task, rank, order, allocation) for rank in SIZES}
+            for rank, values in values_by_rank.items():
                 axes.plot([rank] * len(values), values, ".", color=color, markersize=7)
-            medians = [median(values) for values in divergences.values()]
-            axes.plot([*divergences], medians, color=color, linewidth=1.8, label=label)
+            medians = [median(values) for values in values_by_rank.values()]
+            axes.plot([*SIZES], medians, color=color, linewidth=1.8, label=label)
         set_rank_axis(axes, [*SIZES], "size")
         axes.set_xticks([*SIZES], [*SIZES.values()])
         axes.set_yscale("log")
-        axes.set_title(TASK_NAMES[task].replace("`", "").replace(", ", ",\n"), fontsize=10)
+        axes.set_title(name.replace("`", "").replace(", ", ",\n"), fontsize=10)
     panels[0].set_ylabel("divergence from the whole LoRA,\nnats per token")
     _draw_legend(figure, num_columns=4)
 

@@ -1,19 +1,18 @@
 """``python -m research.sample``: what the command line prints on a LoRA that was trained.
 
-The LoRA of README's *family* at R = 32, seed 5. ``runs/sample.txt`` has the commands, and what
-they print.
+The LoRA of README's *family*, with the first seed of its study. ``runs/sample.txt`` has the
+commands, and what they print.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from research.plan import rates, units
 from research.run import set_up
-from research.runs import Job
 from research.study import RUNS, load_study
 from research.training import trainer_of
 
@@ -23,8 +22,11 @@ COMMANDS = ("info family", "export family --error 10% -o small")
 def main() -> None:
     """Train the adapter, and run the commands on it."""
     set_up(1)
-    study = replace(load_study("ordinary"), dtype="fp32")
-    job = Job("lora", "family_relationships", study.rank, 2e-3, 5, "test")
+    study, task = load_study("low-ordinary"), "family_relationships"
+    (unit,) = units(study, "lora/svd", task)
+    rate = rates(study, study.load_runs(), unit).chosen
+    assert rate is not None
+    job = unit.job(rate, seed=study.seeds[0], split="test")
     with TemporaryDirectory() as folder, trainer_of(study, job) as (adapter, trainer, _):
         trainer.train()
         adapter.export(Path(folder, "family"), study.rank)

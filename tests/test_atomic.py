@@ -231,6 +231,14 @@ def test_file_does_not_replace_a_folder(source: Path, force: bool) -> None:
             pass
 
 
+def test_error_of_another_file_is_not_reported_as_one_of_the_output(source: Path) -> None:
+    with pytest.raises(FileNotFoundError), create_folder("output"):
+        Path("../full/missing").read_text()
+    with pytest.raises(MatryoshkaError, match="Cannot write"), create_folder("output") as folder:
+        (folder / "missing" / "file").write_text("text")
+    assert not Path("output").exists()
+
+
 def test_symlink_is_not_replaced(tmp_path: Path) -> None:
     with create_folder(tmp_path / "target") as folder:
         (folder / "weights").write_text("weights")

@@ -40,15 +40,18 @@ def reordering() -> str:
     return table(heading, rows)
 
 
-def _divergence(task: str, rank: int, order: str, allocation: str) -> str:
+def divergences(task: str, rank: int, order: str, allocation: str) -> list[float]:
+    """Return the divergence of each adapter, in the order of the seeds."""
     key = (task, rank, order, allocation)
-    estimate = stats.estimate(
-        [
-            cell["divergence"]
-            for cell in read(FILE)
-            if (cell["task"], cell["rank"], cell["order"], cell["allocation"]) == key
-        ]
-    )
+    return [
+        cell["divergence"]
+        for cell in read(FILE)
+        if (cell["task"], cell["rank"], cell["order"], cell["allocation"]) == key
+    ]
+
+
+def _divergence(task: str, rank: int, order: str, allocation: str) -> str:
+    estimate = stats.estimate(divergences(task, rank, order, allocation))
     return "" if estimate is None else estimate.text(digits=4)
 
 
@@ -57,10 +60,9 @@ def reordering_findings() -> str:
     """The divergence of the orders by 128 examples, relative to the SVD with one rank."""
     rows: list[list[str]] = []
     for task, name in TASK_NAMES.items():
-        cells = [cell for cell in read(FILE) if cell["task"] == task]
-        if not cells:
-            continue
-        seconds = median(cell["seconds"] for cell in cells if cell["order"] == "16")
+        seconds = [
+            cell["seconds"] for cell in read(FILE) if cell["task"] == task and cell["order"] == "16"
+        ]
         for order, allocation, way in (
             ("128", "uniform", "128 examples, one rank"),
             ("128", "allocated", "128 examples, ranks by layer"),
@@ -68,15 +70,11 @@ def reordering_findings() -> str:
         ):
             row = [name, way]
             for rank in SIZES:
-                by_seed = {
-                    (cell["seed"], cell["order"], cell["allocation"]): cell["divergence"]
-                    for cell in cells
-                    if cell["rank"] == rank
-                }
-                shares = [
-                    by_seed[seed, order, allocation] / by_seed[seed, "svd", "uniform"]
-                    for seed in {cell["seed"] for cell in cells}
-                ]
-                row.append(f"{fmean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})")
-            rows.append([*row, f"{seconds:.1f}"])
+                by_svd = divergences(task, rank, "svd", "uniform")
+                by_order = divergences(task, rank, order, allocation)
+                ratios = [a / b for a, b in zip(by_order, by_svd, strict=True)]
+                row.append(f"{fmean(ratios):.2f}")
+                if len(ratios) > 1:
+                    row[-1] += f" ({min(ratios):.2f} to {max(ratios):.2f})"
+            rows.append([*row, f"{median(seconds):.1f}"])
     return table(["task", "order", *SIZES.values(), "seconds of 16 examples"], rows)

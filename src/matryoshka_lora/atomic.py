@@ -234,12 +234,27 @@ def _temporary_path(path: Path) -> Iterator[Path]:
     # Without the name of the output, which may already have the maximum length.
     temporary = path.absolute().with_name(f".matryoshka-lora.{secrets.token_hex(4)}.new")
     try:
-        # SafetensorError: a full disk
-        with wrap_errors(f"Cannot write {path}", exceptions=(OSError, SafetensorError)):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except OSError as error:
+        if _concerns_another_file(error, path.absolute(), temporary):
+            raise
+        reason = error.strerror or str(error)
+        raise MatryoshkaError(f"Cannot write {path}: {reason}. Pass another path.") from error
+    except SafetensorError as error:  # a full disk
+        raise MatryoshkaError(f"Cannot write {path}: {error}. Pass another path.") from error
     finally:
         _remove(temporary)
+
+
+def _concerns_another_file(error: OSError, path: Path, temporary: Path) -> bool:
+    """Return whether an error names a file other than the output, such as a source."""
+    if not isinstance(error.filename, str):
+        return False  # a full disk, for example
+    file = Path(error.filename).absolute()
+    is_output = file == path or file.is_relative_to(temporary)
+    # Creating the output's folder fails at one of its parents.
+    return not is_output and not temporary.is_relative_to(file)
 
 
 def _swap(temporary: Path, path: Path) -> None:

@@ -21,6 +21,7 @@ from matryoshka_lora.errors import MatryoshkaError, MissingDependencyError
 from matryoshka_lora.formats.open import find_loras, open_adapter
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME, base_model_of
 from matryoshka_lora.formats.vllm import (
+    MAX_LORA_RANKS,
     MAX_LORAS,
     check_for_vllm,
     round_up_to_vllm,
@@ -108,6 +109,11 @@ def serve(
         check_for_vllm(adapters[0])
         served_ranks = adapters[0].check_ranks(ranks)
         max_rank = max(served_ranks)
+    if max_rank > MAX_LORA_RANKS[-1]:
+        raise MatryoshkaError(
+            f"vLLM has ranks up to {MAX_LORA_RANKS[-1]}, and an adapter has rank "
+            f"{max_rank}. Export it at a smaller rank."
+        )
     base_model, base_revision = base_model_of(adapters[0], base_model, base_revision)
     if not dry_run and importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(

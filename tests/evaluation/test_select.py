@@ -67,6 +67,19 @@ def test_the_aurac_of_a_metric() -> None:
     assert Metric(False, dict.fromkeys(RANKS, 1.0), {}).aurac("log2") is None
 
 
+@pytest.mark.parametrize(
+    ("within", "rank", "unresolved"), [("2%", 4, (8,)), ("25%", 4, ()), ("0.1%", 8, ())]
+)
+def test_significance_is_tested_against_larger_ranks(
+    within: str, rank: int, unresolved: tuple[int, ...]
+) -> None:
+    """Rank 4 fails at one example of 60 more than rank 8: 1.7 % with an error as large."""
+    selection = select(new_evaluation(), within=within)
+    assert (selection.rank, selection.unresolved_ranks) == (rank, unresolved)
+    assert selection.is_significant == (not unresolved)
+    assert (selection.num_questions_needed is None) == (not unresolved)
+
+
 def test_the_best_rank_is_tested_too() -> None:
     """All ranks answer 20 questions correctly, which is no evidence for rank 1."""
     selection = select(evaluation_of(np.ones((20, 4))), within="1%")

@@ -66,6 +66,12 @@ def select_for_vllm(
             if actual != expected:
                 models = [" at ".join(filter(None, model)) for model in (actual, expected)]
                 problems[name] = f"Its base model is {models[0]}, and the server's is {models[1]}."
+                if counts[actual] == counts[expected]:
+                    first = next(other for other in base_models if base_models[other] == expected)
+                    problems[name] += (
+                        f" As many adapters name each, so {first} decides. Serve a folder for each "
+                        "base model."
+                    )
     return {name: lora for name, lora in loras.items() if name not in problems}, problems
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from matryoshka_lora.errors import MatryoshkaError, check_choice, short
 from matryoshka_lora.linalg.arrays import Array, Float64Array, common_dtype
 from matryoshka_lora.linalg.factors import truncation_errors
+from matryoshka_lora.lora.contents import modules_by_kind
 from matryoshka_lora.lora.keys import (
     CONFIGS_KEY,
     DIFFUSERS_SUFFIXES,
@@ -123,10 +124,12 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
         lora = _in_one_file(lora)
     _check_is_single_file(lora)
     if lora.other_tensors:
+        kinds = modules_by_kind(lora.other_tensors)
+        words = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise MatryoshkaError(
-            f"{lora.name} contains {len(lora.other_tensors)} tensors that are not factors and "
-            f"cannot be renamed, such as {short(min(lora.other_tensors))}. Omit `key_format`, or "
-            "leave them out with `drop`."
+            f"{lora.name} contains tensors that are not factors and cannot be renamed: {words}, "
+            f"such as {short(min(lora.other_tensors))}. Omit `key_format`, or leave them out with "
+            "`drop`."
         )
     models = _find_models(lora)
     if models:

@@ -17,6 +17,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.linalg.allocation import LayerSpectrum, rank_for_share
 from matryoshka_lora.linalg.factors import relative_errors
+from matryoshka_lora.lora.contents import modules_by_kind
 from matryoshka_lora.lora.convert import part_of_pipeline
 from matryoshka_lora.lora.keys import PEFT_PREFIX, find_models, split_part
 from matryoshka_lora.lora.layer import Layer
@@ -92,10 +93,15 @@ class LoraInfo:
     def __repr__(self) -> str:
         """Return the contents, and a table of the ranks, as `matryoshka info` prints them."""
         lora = self.lora
+        models = " or ".join(self.likely_models)
+        likely = f"not named; the layers are of {models}" if models else "not named"
+        parts = ", ".join(f"{name} {number}".strip() for name, number in self.parts.items())
+        if len(self.parts) > 1:
+            parts = f"{len(lora.layers)}: {parts}"
         rows = {
-            "base model": self.base_model or self._described_models(),
+            "base model": self.base_model or likely,
             "triggers": ", ".join(self.trigger_words),
-            "layers": f"{self._described_parts()}, such as {lora.layers[0].name}",
+            "layers": f"{parts}, such as {lora.layers[0].name}",
             "rank": _by_layer(lora.ranks.values()),
             "alpha": _by_layer(self.alphas),
             "scale": _by_layer([layer.scale for layer in lora.layers]),
@@ -109,8 +115,9 @@ class LoraInfo:
             rows["error"] = f"relative error {error} against the original"
         if lora.other_tensors:
             size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
-            tensors = pluralize(len(lora.other_tensors), "tensor")
-            rows["other"] = f"{tensors}: {size} at every rank, such as {min(lora.other_tensors)}"
+            counts = self.other_kinds.items()
+            kinds = ", ".join(f"{kind} {number}" for kind, number in counts)
+            rows["other"] = f"{kinds}: {size} at every rank, such as {min(lora.other_tensors)}"
         lines = [f"{lora.name} is {_kind_of(lora)}."]
         lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
         if self.layers:
@@ -134,15 +141,6 @@ class LoraInfo:
             kind = "weighted" if self.weighted_errors else "relative"
             lines.append(f"Rank {rank} has a {kind} error of at most {error}.")
         return join_lines(lines)
-
-    def _described_models(self) -> str:
-        models = " or ".join(self.likely_models)
-        return f"not named; the layers are of {models}" if models else "not named"
-
-    def _described_parts(self) -> str:
-        parts = self.parts
-        text = ", ".join(f"{name} {number}".strip() for name, number in parts.items())
-        return text if len(parts) == 1 else f"{len(self.lora.layers)}: {text}"
 
     @property
     def likely_models(self) -> list[str]:
@@ -169,6 +167,11 @@ class LoraInfo:
         authors. kohya's files call a transformer ``unet`` too.
         """
         return dict(sorted(Counter(_part_of(layer.name) for layer in self.lora.layers).items()))
+
+    @property
+    def other_kinds(self) -> dict[str, int]:
+        """The number of modules with other tensors by kind; see `modules_by_kind`."""
+        return modules_by_kind(self.lora.other_tensors)
 
     @property
     def alphas(self) -> list[float]:
@@ -214,6 +217,7 @@ class LoraInfo:
             "num_layers": len(lora.layers),
             "layers_by_kind": self.layers_by_kind,
             "parts": self.parts,
+            "other_kinds": self.other_kinds,
             "other_tensors": sorted(lora.other_tensors),
             "bytes_by_rank": self.sizes,
             "errors_by_rank": self.errors,
