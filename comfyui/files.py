@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from matryoshka_lora.lora.keys import CONFIGS_KEY
 from matryoshka_lora.units import format_size
 
 SUFFIX = ".safetensors"
+INPUTS = {"max_bytes": "number of megabytes", "weights": "weights", "rank": "rank"}
+"""The inputs of the nodes by the parameters of the package, in the words of its errors."""
 
 
 def lora_names() -> list[str]:
@@ -100,3 +105,27 @@ def report_saved(path: Path, ranks: Mapping[str, int], errors: Mapping[int, floa
     error = errors[max(errors)]
     name = path.relative_to(os.path.abspath(folder_paths.get_folder_paths("loras")[0]))
     return [f"Saved {name}", f"{format_ranks(ranks)}, {size}", f"error {error:.2%}"]
+
+
+@contextmanager
+def messages_in_page() -> Iterator[list[str]]:
+    """Collect the warnings of the package, and name the inputs of the nodes in its errors.
+
+    Yields:
+        A list that has the warnings after the block.
+    """
+
+    def name_input(match: re.Match[str]) -> str:
+        parameter = match[1].partition("=")[0]
+        option = f"the option --{parameter.replace('_', '-')} of the command line"
+        return INPUTS.get(parameter, option)
+
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield notes
+        except MatryoshkaError as error:
+            error.args = (re.sub("`([^`]*)`", name_input, str(error)),)
+            raise
+    notes += [str(warning.message) for warning in caught]

@@ -19,6 +19,7 @@ from matryoshka_lora.units import format_size
 from .files import (
     format_ranks,
     lora_names,
+    messages_in_page,
     modification_times,
     open_as_loaded,
     output_path,
@@ -140,24 +141,25 @@ class MatryoshkaShrinkLora:
         dtype: Dtype = "auto",
     ) -> dict[str, Any]:
         path = output_path(filename, overwrite)
-        # Error and size need the singular values of all layers first.
-        [lora] = with_progress([open_as_loaded(lora_name)], passes=1 if by == "rank" else 2)
-        if by == "rank" and rank > lora.max_rank:
-            raise ml.MatryoshkaError(
-                f"{lora_name} has rank {lora.max_rank}. Enter a rank from 1 to {lora.max_rank}."
+        with messages_in_page() as notes:
+            # Error and size need the singular values of all layers first.
+            [lora] = with_progress([open_as_loaded(lora_name)], passes=1 if by == "rank" else 2)
+            if by == "rank" and rank > lora.max_rank:
+                raise ml.MatryoshkaError(
+                    f"{lora_name} has rank {lora.max_rank}. Enter a rank from 1 to {lora.max_rank}."
+                )
+            result = ml.export(
+                lora,
+                path,
+                rank=rank if by == "rank" else None,
+                error=error_percent / 100 if by == "error" else None,
+                max_bytes=round(megabytes * 1e6) if by == "megabytes" else None,
+                dtype=None if dtype == "auto" else dtype,
+                force=overwrite,
             )
-        result = ml.export(
-            lora,
-            path,
-            rank=rank if by == "rank" else None,
-            error=error_percent / 100 if by == "error" else None,
-            max_bytes=round(megabytes * 1e6) if by == "megabytes" else None,
-            dtype=None if dtype == "auto" else dtype,
-            force=overwrite,
-        )
         before = f"before: {format_ranks(lora.ranks)}, {format_size(lora.size)}"
         lines = report_saved(path, result.ranks, result.errors)
-        return {"ui": ui_text([*lines, before, *result.notes])}
+        return {"ui": ui_text([*lines, before, *result.notes, *notes])}
 
 
 class MatryoshkaCombineLoras:
@@ -203,14 +205,16 @@ class MatryoshkaCombineLoras:
         dtype: Dtype = "auto",
     ) -> dict[str, Any]:
         path = output_path(filename, overwrite)
-        # The second pass computes the cosine.
-        sources = with_progress([open_as_loaded(lora_name_1), open_as_loaded(lora_name_2)], 2)
-        if dtype != "auto":
-            sources = [source.cast(dtype) for source in sources]
-        weights = [weight_1, weight_2]
-        result = ml.combine(sources, path, weights, rank or "sum", force=overwrite)
+        with messages_in_page() as notes:
+            # The second pass computes the cosine.
+            sources = with_progress([open_as_loaded(lora_name_1), open_as_loaded(lora_name_2)], 2)
+            if dtype != "auto":
+                sources = [source.cast(dtype) for source in sources]
+            weights = [weight_1, weight_2]
+            result = ml.combine(sources, path, weights, rank or "sum", force=overwrite)
         lines = report_saved(path, ml.open(path).ranks, result.errors)
-        return {"ui": ui_text([*lines, f"cosine of the two: {result.cosines[0, 1]:.2f}"])}
+        cosine = f"cosine of the two: {result.cosines[0, 1]:.2f}"
+        return {"ui": ui_text([*lines, cosine, *notes])}
 
 
 class MatryoshkaSaveLoraStack:
@@ -331,8 +335,9 @@ class MatryoshkaLoadLoraAtRank:
         strength_clip: float,
         clip: Any = None,
     ) -> dict[str, Any]:
-        [lora] = with_progress([self._open(lora_name)], passes=1)
-        small = lora.at_rank(min(rank, lora.max_rank))
+        with messages_in_page() as notes:
+            [lora] = with_progress([self._open(lora_name)], passes=1)
+            small = lora.at_rank(min(rank, lora.max_rank))
         parent = folder_paths.get_temp_directory()
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as folder:
@@ -347,7 +352,7 @@ class MatryoshkaLoadLoraAtRank:
         size = f"{format_size(result.size)} of {format_size(lora.size)}"
         error = result.errors[max(result.errors)]
         line = f"{format_ranks(result.ranks)}: {size}, error {error:.2%}"
-        return {"ui": ui_text([line]), "result": loaded}
+        return {"ui": ui_text([line, *notes]), "result": loaded}
 
 
 class MatryoshkaLoraRanks:
@@ -385,7 +390,8 @@ class MatryoshkaLoraRanks:
         return modification_times([lora_name])
 
     def list_ranks(self, lora_name: str, ranks: str) -> dict[str, Any]:
-        max_rank = ml.open(source_path(lora_name)).max_rank
+        with messages_in_page():
+            max_rank = ml.open(source_path(lora_name)).max_rank
         try:
             values = [int(rank) for rank in ranks.split(",")]
         except ValueError:

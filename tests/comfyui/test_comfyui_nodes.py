@@ -243,6 +243,12 @@ def test_combine_is_the_weighted_sum(server: ComfyServer) -> None:
     assert_changed_by(loaded_weights(server, "wan", "sum"), base_weights(server, "wan"), expected)
 
 
+def test_the_page_shows_that_a_sum_is_zero(server: ComfyServer) -> None:
+    write_kohya(server.loras / "own-opposite.safetensors", WAN_SHAPES, seed=29)
+    graph = combine("own-opposite", 1.0, "own-opposite", -1.0, "zero")
+    assert "zero" in server.text_of(graph, "combine").replace("zero.safetensors", "")
+
+
 def test_an_alpha_in_the_metadata_is_ignored_as_in_loaders(server: ComfyServer) -> None:
     """diffusers writes it there. The nodes save what ComfyUI's own loader does with the file."""
     generator = np.random.default_rng(8)
@@ -674,6 +680,20 @@ def test_a_rank_above_that_of_the_file_is_an_error(server: ComfyServer) -> None:
     write_kohya(server.loras / "narrow.safetensors", WAN_SHAPES, seed=13)
     assert f"from 1 to {RANK}" in server.error_of(shrink("narrow", "rank", "wide", rank=100))
     assert not (server.loras / "wide.safetensors").exists()
+
+
+def test_errors_name_the_inputs_of_the_node(server: ComfyServer) -> None:
+    write_kohya(server.loras / "inputs.safetensors", {"unknown.layer": (4096, 64)}, seed=30)
+    tensors = load_file(server.loras / "inputs.safetensors")
+    with_dots = {key.replace("lora_unet_unknown_", "unknown."): tensors[key] for key in tensors}
+    save_file(with_dots, server.loras / "dots.safetensors")
+    graphs = {
+        "a larger number of megabytes": shrink("inputs", "megabytes", "none", megabytes=0.01),
+        "All weights are 0": combine("inputs", 0.0, "inputs", 0.0, "none"),
+        "--key-format of the command line": combine("inputs", 1.0, "dots", 1.0, "none"),
+    }
+    for keyword, graph in graphs.items():
+        assert keyword in server.error_of(graph)
 
 
 def test_what_is_no_lora_is_an_error_that_names_it(server: ComfyServer) -> None:
