@@ -71,13 +71,14 @@ TEXT_ENCODER_MODULES = (
 """The modules of CLIP and T5, with the names of transformers."""
 
 
-def unet(down: tuple[int, ...], middle: int) -> list[Module]:
-    """Return the modules of a UNet with two layers in each block.
+def unet(down: tuple[int, ...], middle: int, num_layers: int = 2) -> list[Module]:
+    """Return the modules of a UNet.
 
     Args:
         down: The number of transformer blocks in each attention of each down block. The up blocks
             have them in the reverse order.
         middle: The same for the middle block.
+        num_layers: The number of layers in each down block. The up blocks have one more.
     """
     ends = {
         "input_blocks.0.0": "conv_in",
@@ -87,21 +88,22 @@ def unet(down: tuple[int, ...], middle: int) -> list[Module]:
     }
     modules = rename(ends)
     for block, depth in enumerate(down):
-        for layer in range(2):
-            number = 3 * block + layer + 1
+        for layer in range(num_layers):
+            number = (num_layers + 1) * block + layer + 1
             modules += unet_layer(f"input_blocks.{number}", f"down_blocks.{block}", layer, depth)
         if block < len(down) - 1:
             downsampler = f"down_blocks.{block}.downsamplers.0.conv"
-            modules += rename({f"input_blocks.{3 * block + 3}.0.op": downsampler})
+            number = (num_layers + 1) * (block + 1)
+            modules += rename({f"input_blocks.{number}.0.op": downsampler})
     modules += unet_resnet("middle_block.0.", "mid_block.resnets.0.")
     modules += unet_attention("middle_block.1.", "mid_block.attentions.0.", middle)
     modules += unet_resnet("middle_block.2.", "mid_block.resnets.1.")
     for block, depth in enumerate(reversed(down)):
-        for layer in range(3):
-            number = 3 * block + layer
+        for layer in range(num_layers + 1):
+            number = (num_layers + 1) * block + layer
             modules += unet_layer(f"output_blocks.{number}", f"up_blocks.{block}", layer, depth)
         if block < len(down) - 1:
-            upsampler = f"output_blocks.{3 * block + 2}.{2 if depth else 1}.conv"
+            upsampler = f"output_blocks.{number}.{2 if depth else 1}.conv"
             modules += rename({upsampler: f"up_blocks.{block}.upsamplers.0.conv"})
     return modules
 
@@ -656,6 +658,21 @@ def lumina_2() -> list[Module]:
     return [*modules, *rename(ends)]
 
 
+def omnigen_2() -> list[Module]:
+    """Return the modules of OmniGen2, whose authors use diffusers' names of Lumina Image 2."""
+    modules: list[Module] = []
+    stacks = {"layers": 32, "noise_refiner": 2, "ref_image_refiner": 2, "context_refiner": 2}
+    for stack, num_blocks in stacks.items():
+        names = [f"attn.{name}" for name in ATTENTION]
+        names += [f"feed_forward.linear_{number}" for number in (1, 2, 3)]
+        if stack != "context_refiner":
+            names.append("norm1.linear")
+        modules += same(names, f"{stack}.{{}}.", num_blocks)
+    ends = ["x_embedder", "ref_image_patch_embedder", "norm_out.linear_1", "norm_out.linear_2"]
+    ends += [f"time_caption_embed.timestep_embedder.linear_{number}" for number in (1, 2)]
+    return [*modules, *same([*ends, "time_caption_embed.caption_embedder.1"])]
+
+
 # The attention layers of the next three models have the names of models above, and often the width.
 # Without their tables, LoRAs of them would be taken for LoRAs of those.
 
@@ -728,6 +745,9 @@ SDXL_EMBEDDING = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
+SDXL_TEXT_ENCODERS = text_encoders(
+    "clip_l", "clip_g", lora_te1="text_encoder", lora_te2="text_encoder_2"
+)
 MODELS = (
     model(
         "Stable Diffusion 1 and 2",
@@ -737,11 +757,20 @@ MODELS = (
         widths=(320, 768, 1024),
         kohya_names="diffusers",
     ),
+    # Before SDXL: diffusers' names are right for both, so they are for layers that both have.
+    model(
+        "KOALA",
+        "unet",
+        [*rename(SDXL_EMBEDDING), *unet((0, 2, 6), 6, num_layers=1)],
+        SDXL_TEXT_ENCODERS,
+        widths=(2048,),
+        kohya_names="diffusers",
+    ),
     model(
         "SDXL",
         "unet",
         [*rename(SDXL_EMBEDDING), *unet((0, 2, 10), 10)],
-        text_encoders("clip_l", "clip_g", lora_te1="text_encoder", lora_te2="text_encoder_2"),
+        SDXL_TEXT_ENCODERS,
         widths=(2048,),
     ),
     model(
@@ -778,6 +807,7 @@ MODELS = (
     model("Z-Image", "transformer", z_image(), {}, widths=(3840,)),
     model("Flux.2", "transformer", flux_2(), {}, widths=(3072, 4096, 6144)),
     model("Lumina Image 2", "transformer", lumina_2(), {}, widths=(2304,)),
+    model("OmniGen2", "transformer", omnigen_2(), {}, widths=(2520,)),
     model(
         "HunyuanVideo",
         "transformer",
@@ -806,7 +836,7 @@ MODELS = (
     model("CogView4", "transformer", cog_view_4(), {}, widths=(4096,), kohya_names=None),
     model("Sana", "transformer", sana(), {}, widths=(1152, 2240), kohya_names=None),
 )
-"""The models whose names are known. If a file fits several UNets, the first is taken."""
+"""The models whose names are known, the UNets in the order in which they name kohya's layers."""
 
 
 # --- The JSON file ---
@@ -869,8 +899,16 @@ SDXL_CONFIG = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+KOALA_CONFIG = {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 6)}
+OMNIGEN_2_CONFIG = {
+    "hidden_size": 2520,
+    "num_layers": 32,
+    "num_attention_heads": 21,
+    "num_kv_heads": 7,
+}
 CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "Stable Diffusion 1 and 2": [("UNet2DConditionModel", {"cross_attention_dim": 768})],
+    "KOALA": [("UNet2DConditionModel", {**SDXL_CONFIG, **KOALA_CONFIG})],
     "SDXL": [("UNet2DConditionModel", SDXL_CONFIG)],
     # 3.5 large has the largest number of blocks, and 3.5 medium has the second attention.
     "Stable Diffusion 3": [
@@ -897,6 +935,8 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "Z-Image": [("ZImageTransformer2DModel", {})],
     "Flux.2": [("Flux2Transformer2DModel", {})],
     "Lumina Image 2": [("Lumina2Transformer2DModel", {})],
+    # It has no class, but the blocks of Lumina Image 2.
+    "OmniGen2": [("Lumina2Transformer2DModel", OMNIGEN_2_CONFIG)],
     "HunyuanVideo": [("HunyuanVideoTransformer3DModel", {})],
     "HunyuanVideo 1.5": [("HunyuanVideo15Transformer3DModel", {})],
     "LTX-Video": [
@@ -948,8 +988,11 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 """The classes of each model in diffusers, and the arguments of versions of different shapes."""
 
 # The table has a shortcut for each ResNet, and an adaLN for each stack. diffusers has a shortcut
-# where the number of channels changes, and no adaLN in the context refiner.
-NOT_IN_DIFFUSERS = re.compile(r".*\.conv_shortcut|context_refiner\.{}\.adaLN_modulation\.0")
+# where the number of channels changes, and no adaLN in the context refiner. Only OmniGen2 has
+# modules for reference images.
+NOT_IN_DIFFUSERS = re.compile(
+    r".*\.conv_shortcut|context_refiner\.{}\.adaLN_modulation\.0|ref_image_.*"
+)
 
 
 @dataclass(frozen=True)

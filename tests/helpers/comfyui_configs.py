@@ -157,3 +157,17 @@ PIXART: dict[str, Any] = {
     "micro_condition": True,
     "caption_channels": 24,
 }
+# The rows of the MLP are rounded up, as in the full model.
+OMNIGEN_2: dict[str, Any] = {
+    "image_model": "omnigen2",
+    "in_channels": 4,
+    "hidden_size": 504,
+    "num_layers": 2,
+    "num_refiner_layers": 1,
+    "num_attention_heads": 21,
+    "num_kv_heads": 7,
+    "multiple_of": 128,
+    "axes_dim_rope": [8, 8, 8],
+    "axes_lens": [8, 8, 8],
+    "text_feat_dim": 24,
+}

@@ -186,6 +186,13 @@ ATTENTION = f"{BLOCK}.attn.to_q"
         ({f"{BLOCK}.attn1.to_q": (3072, 3072)}, "kohya", "Mochi and CogVideoX"),
         ({f"{BLOCK}.attn1.to_q": (2048, 2048)}, "kohya", "LTX-2 and Cosmos-Predict2"),
         ({f"{BLOCK}.attn1.to_q": (1920, 1920)}, "kohya", "cannot name"),
+        ({"transformer.layers.0.attn.to_q": (6, 6)}, "kohya", "Lumina Image 2 and OmniGen2"),
+        # The first up block of SDXL has three layers, and the one of KOALA two.
+        (
+            {"lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q": (640, 640)},
+            "diffusers",
+            "KOALA and SDXL",
+        ),
         # Flux.2 klein has this width, too.
         (
             {FLUX_QKV: (9216, 3072), "lora_unet_time_in_in_layer": (3072, 256)},
@@ -240,7 +247,9 @@ def test_names_that_do_not_fit_a_model_are_refused(
 
 
 def test_the_width_of_the_inputs_tells_models_with_common_names_apart() -> None:
-    (layer,) = convert(random_lora({ATTENTION: (1536, 1536)}), "kohya").layers
+    converted = convert(random_lora({ATTENTION: (1536, 1536)}), "kohya")
+    assert "Stable Diffusion 3" in converted.notes[0]
+    (layer,) = converted.layers
     assert layer.name == "lora_unet_joint_blocks_0_x_block_attn_qkv"
     assert layer.shape_B == (3 * 1536, 2)
 
@@ -251,6 +260,17 @@ def test_the_width_of_the_inputs_tells_models_with_common_names_apart() -> None:
         # The inputs from the prompt are half as wide in Cosmos-Predict2.
         ({f"{BLOCK}.attn2.to_k": (2048, 2048)}, "transformer_blocks_0_attn2_to_k"),
         ({f"{BLOCK}.attn2.to_k": (2048, 1024)}, "blocks_0_cross_attn_k_proj"),
+        # The inputs and the rows of the MLP tell OmniGen2 from Lumina Image 2, also in few blocks.
+        ({"transformer.layers.0.attn.to_q": (2520, 2520)}, "layers_0_attn_to_q"),
+        ({"transformer.layers.0.attn.to_q": (2304, 2304)}, "layers_0_attention_qkv"),
+        (
+            {"transformer.layers.0.feed_forward.linear_1": (2048, 504)},
+            "layers_0_feed_forward_linear_1",
+        ),
+        (
+            {"transformer.layers.0.feed_forward.linear_1": (2016, 504)},
+            "layers_0_feed_forward_w1",
+        ),
         # CogVideoX has 42 blocks.
         ({"transformer.transformer_blocks.47.attn1.to_q": (3072, 3072)}, "blocks_47_attn_qkv_x"),
         # The last block of Mochi has another layer for the text.

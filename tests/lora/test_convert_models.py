@@ -7,7 +7,7 @@ products of a LoRA's updates.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,32 @@ from diffusers.loaders import lora_conversion_utils, single_file_utils  # noqa: 
 from helpers.diffusers_models import SMALL_MODELS  # noqa: E402
 
 UNET_CONFIG = {"layers_per_block": 2, "addition_embed_type": None}
+KOALA = {
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16, 24),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 2048,  # tells it from Stable Diffusion
+    "attention_head_dim": 4,
+    "transformer_layers_per_block": (1, 2, 6),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 36,
+}
 # diffusers splits Flux at fixed rows.
 HIDDEN_SIZES = {"flux": 3072}
-MODELS = [*LAYOUTS, *SMALL_MODELS]
-PARTS = dict.fromkeys(MODELS, "transformer") | {"sd15": "unet", "sdxl": "unet"}
+CLASSES = {
+    **SMALL_MODELS,
+    "KOALA": ("UNet2DConditionModel", KOALA),
+    "Flux.2": ("Flux2Transformer2DModel", {"num_layers": 1, "num_single_layers": 1}),
+    "Lumina Image 2": ("Lumina2Transformer2DModel", {"num_layers": 1, "num_refiner_layers": 1}),
+    "HunyuanVideo 1.5": ("HunyuanVideo15Transformer3DModel", {"num_layers": 1}),
+}
+MODELS = [*LAYOUTS, *CLASSES]
+PARTS = dict.fromkeys(MODELS, "transformer") | dict.fromkeys(("sd15", "sdxl", "KOALA"), "unet")
+# kohya's format has diffusers' names for them.
+NAMED_AS_IN_DIFFUSERS = ("sd15", "KOALA")
 # diffusers splits the single blocks of HunyuanVideo at the rows of the full model. The width tells
 # LTX from PixArt.
 WIDE_ARGUMENTS: dict[str, dict[str, int]] = {
@@ -48,17 +70,17 @@ NUM_COLUMNS = 5
 @cache
 def model_layout(model: str) -> Layout:
     """Return the layout of a checkpoint of the authors."""
-    if model in SMALL_MODELS:
+    if model in CLASSES:
         return layout_of_table(model)
     return layout(model, HIDDEN_SIZES.get(model, 8))
 
 
 def layout_of_table(model: str) -> Layout:
-    """Return the names of a table with the shapes of a small model.
+    """Return the names of a table with the shapes of a model.
 
     A converter leaves wrong names as they are, or rejects them.
     """
-    class_name, arguments = SMALL_MODELS[model]
+    class_name, arguments = CLASSES[model]
     arguments = arguments | WIDE_ARGUMENTS.get(model, {})
     with torch.device("meta"):
         instance = getattr(diffusers, class_name)(**arguments)
@@ -99,8 +121,9 @@ def convert_checkpoint(model: str, weights: dict[str, Tensor]) -> dict[str, Tens
     }
 
 
-def convert_unet(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
-    config = UNET_CONFIG
+def convert_unet(
+    checkpoint: dict[str, Tensor], config: dict[str, Any] = UNET_CONFIG
+) -> dict[str, Tensor]:
     if "label_emb.0.0.weight" in checkpoint:
         config = config | {"addition_embed_type": "text_time"}
     prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in checkpoint.items()}
@@ -156,6 +179,23 @@ def convert_hunyuan_video(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def convert_hunyuan_video_1_5(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert as HunyuanVideo, which has other names of the embedders."""
+    renamed = {
+        "time_text_embed.": "time_embed.",
+        "vision_in.proj.1.": "image_embedder.linear_1.",
+        "vision_in.proj.3.": "image_embedder.linear_2.",
+        "byt5_in.net.0.proj.": "context_embedder_2.linear_1.",
+        "byt5_in.net.2.": "context_embedder_2.linear_2.",
+        "byt5_in.fc3.": "context_embedder_2.linear_3.",
+    }
+    converted: dict[str, Tensor] = {}
+    for key, tensor in convert_hunyuan_video(checkpoint).items():
+        start = next((start for start in renamed if key.startswith(start)), "")
+        converted[renamed.get(start, "") + key.removeprefix(start)] = tensor
+    return converted
+
+
 def convert_mochi(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     checkpoint["pos_frequencies"] = torch.zeros(1)
     for block in range(48):
@@ -183,13 +223,17 @@ def convert_ltx_2(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
 CONVERTERS: dict[str, Any] = {
     "sd15": convert_unet,
     "sdxl": convert_unet,
+    "KOALA": partial(convert_unet, config=KOALA),
     "sd3": convert_sd3,
     "flux": convert_flux,
     "wan": single_file_utils.convert_wan_transformer_to_diffusers,
     "qwen": dict,  # its authors have diffusers' names
     "z-image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
     "Wan": single_file_utils.convert_wan_transformer_to_diffusers,
+    "Flux.2": single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+    "Lumina Image 2": single_file_utils.convert_lumina2_to_diffusers,
     "HunyuanVideo": convert_hunyuan_video,
+    "HunyuanVideo 1.5": convert_hunyuan_video_1_5,
     "LTX-Video": single_file_utils.convert_ltx_transformer_checkpoint_to_diffusers,
     "LTX-2": convert_ltx_2,
     "HiDream": single_file_utils.convert_hidream_transformer_to_diffusers,
@@ -283,7 +327,7 @@ def test_kohya_becomes_diffusers(model: str, is_subset: bool) -> None:
     assert_same(products_of(converted), expected_in_diffusers(model, source))
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model != "sd15"])
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in NAMED_AS_IN_DIFFUSERS])
 @pytest.mark.parametrize("is_subset", [False, True])
 def test_diffusers_becomes_kohya(model: str, is_subset: bool) -> None:
     shapes = diffusers_shapes(model)
@@ -292,9 +336,10 @@ def test_diffusers_becomes_kohya(model: str, is_subset: bool) -> None:
     assert_same(expected_in_diffusers(model, converted), products_of(source))
 
 
-def test_stable_diffusion_1_has_diffusers_names_in_both_formats() -> None:
-    """kohya's scripts train diffusers' UNet."""
-    source = random_lora(diffusers_shapes("sd15"))
+@pytest.mark.parametrize("model", NAMED_AS_IN_DIFFUSERS)
+def test_some_models_have_diffusers_names_in_both_formats(model: str) -> None:
+    """For Stable Diffusion 1, kohya's scripts train diffusers' UNet."""
+    source = random_lora(diffusers_shapes(model))
     expected = {
         name.replace("unet.", "lora_unet_").replace(".", "_"): product
         for name, product in products_of(source).items()
@@ -317,7 +362,7 @@ def test_a_conversion_and_its_inverse_change_nothing(model: str) -> None:
 
     fused = kohya_lora(model_layout(model))
     again = convert(convert(fused, "diffusers"), "kohya")
-    if model != "sd15":  # its kohya format has diffusers' names
+    if model not in NAMED_AS_IN_DIFFUSERS:
         assert again.ranks == fused.ranks
 
 

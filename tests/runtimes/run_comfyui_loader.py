@@ -69,6 +69,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "transformer_depth_middle": 3,
         },
     ),
+    "koala": (
+        "KOALA_1B",
+        {
+            **UNET,
+            "model_channels": 64,
+            "context_dim": 2048,  # tells it from Stable Diffusion
+            "num_classes": "sequential",
+            "adm_in_channels": 20,
+            "use_linear_in_transformer": True,
+            "num_res_blocks": [1, 1, 1],
+            "channel_mult": [1, 1, 2],
+            "transformer_depth": [0, 2, 6],
+            "transformer_depth_output": [0, 0, 2, 2, 6, 6],
+            "transformer_depth_middle": 6,
+        },
+    ),
     "sd3": (
         "SD3",
         {
@@ -103,6 +119,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mochi": ("GenmoMochi", configs.MOCHI),
     "aura-flow": ("AuraFlow", configs.AURA_FLOW),
     "pixart": ("PixArtAlpha", configs.PIXART),
+    "omnigen2": ("Omnigen2", configs.OMNIGEN_2),
     # The layers of Z-Image are those of Lumina 2 with as many keys as queries.
     "z-image": (
         "Lumina2",
@@ -140,6 +157,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TEXT_ENCODERS = {
     "sd15": ("clip_l",),
+    "koala": ("clip_l", "clip_g"),
     "sdxl": ("clip_l", "clip_g"),
     "sd3": ("clip_l", "clip_g", "t5xxl"),
     "flux": ("clip_l", "t5xxl"),

@@ -45,10 +45,11 @@ LEFT_OUT = {
     "hidream": r".*\.ff_i\.gate",
     "hunyuan-video-1.5": "cond_type_embedding",
 }
-WRITTEN_FROM_FOLDERS = ("sd15", "sdxl", *READ_WITH_DIFFUSERS_NAMES)
+WRITTEN_FROM_FOLDERS = ("sd15", "sdxl", "koala", *READ_WITH_DIFFUSERS_NAMES)
 TEXT_ENCODER_PREFIXES = {
     "sd15": {"clip_l": "lora_te_"},
     "sdxl": {"clip_l": "lora_te1_", "clip_g": "lora_te2_"},
+    "koala": {"clip_l": "lora_te1_", "clip_g": "lora_te2_"},
     "sd3": {"clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5xxl": "lora_te3_"},
     "flux": {"clip_l": "lora_te1_", "t5xxl": "lora_te3_"},
 }

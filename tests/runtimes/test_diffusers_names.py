@@ -44,11 +44,11 @@ class Model(NamedTuple):
     read_prefix: str | None = None
 
 
-def create_sdxl() -> nn.Module:
+def create_sdxl(layers_per_block: int = 2) -> nn.Module:
     return diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 8, 16),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         norm_num_groups=4,
         cross_attention_dim=12,
         attention_head_dim=4,
@@ -145,6 +145,13 @@ def create_lumina_2() -> nn.Module:
 
 MODELS = {
     "sdxl": Model("StableDiffusionXLLoraLoaderMixin", create_sdxl, "unet", "lora_unet_"),
+    # diffusers reads the keys of kohya for KOALA, but not those of its embedder.
+    "koala": Model(
+        "StableDiffusionXLLoraLoaderMixin",
+        partial(create_sdxl, layers_per_block=1),
+        "unet",
+        "lora_unet_up_blocks_",
+    ),
     "sd3": Model("SD3LoraLoaderMixin", create_sd3),
     # diffusers splits the single blocks of Flux at the rows of the full model.
     "flux": Model(

@@ -188,7 +188,7 @@ def _find_weights(lora: Lora, base: ModelFiles) -> dict[str, str]:
     The two may follow different naming conventions.
     """
     best: dict[str, str] = {}
-    for model in find_models([*lora.ranks], lora.rows_per_input):
+    for model in find_models([*lora.ranks], lora.weight_shapes):
         weights = {
             _identify(key.removesuffix(".weight"), model): key
             for key in base.tensors

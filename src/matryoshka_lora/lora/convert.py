@@ -134,12 +134,16 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     models = _find_models(lora)
     if models:
         candidates = {model: names_in_format(model, key_format) for model in models}
-        model = _choose_model(candidates, lora.layers, lora.name)
+        model = _choose_model(candidates, _layer_names(lora), lora.name)
         names = candidates[model]
         parts = {target.part for target in find_modules(_layer_names(lora), model).values()}
         if len({names.prefixes.get(part, part) for part in parts}) < len(parts):
             _check_one_part(lora, parts)
         layers = _convert_layers(lora, model, names, _STYLES[key_format])
+        if layers != lora.layers:
+            model_names = " or ".join(model.name for model in models)
+            note = f"The layers are named as those of {model_names}."
+            lora = replace(lora, notes=(*lora.notes, note))
     else:
         _check_shapes(lora)
         layers = _rename_layers(lora, key_format)
@@ -160,7 +164,7 @@ def _check_shapes(lora: Lora) -> None:
     """Raise MatryoshkaError if a model has the names of all layers, but other shapes."""
     for model in find_models(_layer_names(lora)):
         for layer in lora.layers:
-            if not has_layer(model, layer.name, lora.rows_per_input.get(layer.name)):
+            if not has_layer(model, layer.name, (layer.out_features, *layer.in_shape)):
                 raise MatryoshkaError(
                     f"{lora.name} has the names of {model.name}, but not its shapes: "
                     f"{short(layer.name)} has {layer.out_features} rows for {layer.in_shape[0]} "
@@ -241,8 +245,8 @@ def match_key_formats(loras: Sequence[Lora]) -> list[Lora]:
     candidates = {
         model: names_in_file(find_modules(_layer_names(first), model), model) for model in common
     }
-    layers = [layer for lora in loras for layer in lora.layers]
-    model = _choose_model(candidates, layers, " and ".join(lora.name for lora in loras))
+    layer_names = [name for lora in loras for name in _layer_names(lora)]
+    model = _choose_model(candidates, layer_names, " and ".join(lora.name for lora in loras))
     names = candidates[model]
     targets_by_lora = [find_modules(_layer_names(lora), model) for lora in loras]
     if _have_same_names(targets_by_lora, names):
@@ -294,7 +298,7 @@ def _layer_names(lora: Lora) -> list[str]:
 
 def _find_models(lora: Lora) -> list[Model]:
     """Return the models that a LoRA may be for, by the names and the shapes of its layers."""
-    return find_models(_layer_names(lora), lora.rows_per_input)
+    return find_models(_layer_names(lora), lora.weight_shapes)
 
 
 def _check_is_single_file(lora: Lora) -> None:
@@ -326,37 +330,29 @@ def _with_layers(lora: Lora, layers: tuple[Layer, ...]) -> Lora:
 
 
 def _choose_model(
-    candidates: Mapping[Model, LayerNames], layers: Sequence[Layer], lora_name: str
+    candidates: Mapping[Model, LayerNames], names: Sequence[str], lora_name: str
 ) -> Model:
     """Return the model that layers are for.
 
     Args:
         candidates: The models that `find_models` returned, and how the layers will be named if they
             are for that model.
-        layers: The layers.
+        names: The names of the layers.
         lora_name: The path of the LoRA, for messages.
 
     Raises:
         MatryoshkaError: The new names depend on the model, and it is not clear which one it is.
     """
-    image_layers = [layer for layer in layers if not is_text_encoder(layer.name)]
-    with_widths: list[Model] = []
-    for model in candidates:
-        targets = find_modules([layer.name for layer in image_layers], model)
-        # Embedders of prompts have the width of a text encoder.
-        widths = {layer.in_shape[0] for layer in image_layers if targets[layer.name].block}
-        if widths & model.widths:
-            with_widths.append(model)
-    models = with_widths or list(candidates)
-    if all(model.part == "unet" for model in models) or not image_layers:
+    models = list(candidates)
+    # ComfyUI and diffusers read diffusers' names with underscores for every UNet.
+    is_kohya_unet = models[0].part == "unet" and candidates[models[0]].separator == "_"
+    if is_kohya_unet or all(is_text_encoder(name) for name in names):
         return models[0]
     new_names: list[list[dict[tuple[int, ...], str]]] = []
-    for model in models:
-        targets = find_modules([layer.name for layer in layers], model)
-        names = candidates[model]
-        has_names = model.part in names.prefixes
-        new_names.append([names.of(target) for target in targets.values()] if has_names else [])
-    if len(models) == 1 or (new_names[0] and all(names == new_names[0] for names in new_names)):
+    for model, format_names in candidates.items():
+        targets = find_modules(names, model).values() if model.part in format_names.prefixes else ()
+        new_names.append([format_names.of(target) for target in targets])
+    if len(models) == 1 or (new_names[0] and all(other == new_names[0] for other in new_names)):
         return models[0]
     raise MatryoshkaError(
         f"The layers of {lora_name} exist in several models, "
@@ -612,9 +608,9 @@ def _rename_layers(lora: Lora, key_format: KeyFormat) -> tuple[Layer, ...]:
 def _unknown_names(lora: Lora, reason: str) -> MatryoshkaError:
     """Return the error for names that no model has. It says which model has most of them."""
     names = _layer_names(lora)
-    ratios = lora.rows_per_input
+    shapes = lora.weight_shapes
     known = {
-        model: {name for name in names if has_layer(model, name, ratios.get(name))}
+        model: {name for name in names if has_layer(model, name, shapes[name])}
         for model in load_models()
     }
     most = max(len(known_names) for known_names in known.values())

@@ -104,8 +104,9 @@ _TEXT_ENCODER_PREFIXES = {
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?[_.]")
 # The names of all known modules are shorter. Longer ones may hold numbers of thousands of digits.
 _MAX_NAME_LENGTH = 200
-# Widths are rounded to multiples, such as 256.
+# Widths are rounded to multiples, such as 256. The exact ratio tells OmniGen2 from Lumina Image 2.
 _RATIO_TOLERANCE = 0.05
+_EXACT_TOLERANCE = 0.01
 # Old names of diffusers: attn1.processor.to_q_lora, mlp.fc1.lora_linear_layer.
 _OLD_ENDINGS = re.compile(r"_processor(?=_)|_lora(_linear_layer)?$")
 _OLD_CLIP_PROJECTION = re.compile(r"(?<=_self_attn_)to_(q|k|v|out)(_0)?$")
@@ -231,7 +232,7 @@ def _targets_by_name(modules: Iterable[Module]) -> dict[str, TargetModule]:
 
 @cache
 def load_models() -> tuple[Model, ...]:
-    """Return the models of ``models.json``. If a file fits several UNets, the first is taken."""
+    """Return the models of ``models.json``."""
     tables = json.loads(files(__package__).joinpath("models.json").read_text("utf-8"))
     text_encoder_modules = _load_modules(tables["text_encoder_modules"])
     models: list[Model] = []
@@ -274,42 +275,66 @@ def is_text_encoder(name: str) -> bool:
     return _TEXT_ENCODER.match(name) is not None
 
 
-def find_models(names: Sequence[str], ratios: Mapping[str, float] | None = None) -> list[Model]:
+def find_models(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> list[Model]:
     """Return the models that have a module for each layer of a file.
 
-    If no model has the text encoders of the file, only its other layers count.
+    If no model has the text encoders of the file, only its other layers count. Models that fit the
+    shapes less well than others are left out: by their ratios, and then by their widths.
 
     Args:
         names: The names of the layers.
-        ratios: The number of rows of each layer by its name, in multiples of its number of inputs.
-            Models with the same names, such as Flux and Flux.2, differ in them.
+        shapes: The shape of each layer's weight by its name. Models with the same names, such as
+            Flux and Flux.2, differ in their ratios of rows to inputs, or in their widths.
     """
-    ratios = ratios or {}
+    shapes = shapes or {}
     text_names = [name for name in names if is_text_encoder(name)]
     image_names = [name for name in names if not is_text_encoder(name)] or names
     models = [
         model
         for model in load_models()
-        if all(has_layer(model, name, ratios.get(name)) for name in image_names)
+        if all(has_layer(model, name, shapes.get(name)) for name in image_names)
     ]
     with_text_encoders = [
         model for model in models if all(find_module(name, model) for name in text_names)
     ]
-    return with_text_encoders or models
+    models = with_text_encoders or models
+    with_exact_ratios = [
+        model
+        for model in models
+        if all(has_layer(model, name, shapes.get(name), _EXACT_TOLERANCE) for name in image_names)
+    ]
+    models = with_exact_ratios or models
+    return [model for model in models if _has_width(model, shapes)] or models
 
 
-def has_layer(model: Model, name: str, ratio: float | None) -> bool:
-    """Return whether a model has a module of this name, and of this ratio of rows to inputs."""
+def _has_width(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether a layer in a block of an image model has a width of the model."""
+    for name, shape in shapes.items():
+        target = None if is_text_encoder(name) else find_module(name, model)
+        # Embedders of prompts have the width of a text encoder.
+        if target and target.block and shape[1] in model.widths:
+            return True
+    return False
+
+
+def has_layer(
+    model: Model,
+    name: str,
+    shape: tuple[int, ...] | None,
+    tolerance: float = _RATIO_TOLERANCE,
+) -> bool:
+    """Return whether a model has a module of this name, and with its ratio of rows to inputs."""
     target = find_module(name, model)
-    if target is None or ratio is None:
+    if target is None or shape is None or len(shape) > 2:
         return target is not None
     module = target.module
+    ratio = shape[0] / shape[1]
     expected = module.ratios
     if len(module.sizes) > 1:
         expected = (sum(module.sizes[split] for split in target.splits),)
-    return not expected or any(
-        math.isclose(ratio, value, rel_tol=_RATIO_TOLERANCE) for value in expected
-    )
+    return not expected or any(math.isclose(ratio, value, rel_tol=tolerance) for value in expected)
 
 
 def find_modules(names: Iterable[str], model: Model) -> dict[str, TargetModule]:

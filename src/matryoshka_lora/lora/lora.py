@@ -95,13 +95,9 @@ class Lora:
         return {layer.name: layer.rank for layer in self.layers}
 
     @property
-    def rows_per_input(self) -> dict[str, float]:
-        """The outputs of each linear layer by its name, in multiples of its number of inputs."""
-        return {
-            layer.name: layer.out_features / layer.in_shape[0]
-            for layer in self.layers
-            if len(layer.in_shape) == 1
-        }
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each layer's weight by its name: outputs, inputs, and the kernel."""
+        return {layer.name: (layer.out_features, *layer.in_shape) for layer in self.layers}
 
     @property
     def nested_ranks(self) -> tuple[int, ...]:

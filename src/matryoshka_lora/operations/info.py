@@ -150,7 +150,7 @@ class LoraInfo:
         return [
             model.name
             for model in find_models(
-                [layer.name for layer in self.lora.layers], self.lora.rows_per_input
+                [layer.name for layer in self.lora.layers], self.lora.weight_shapes
             )
         ]
 
