@@ -324,7 +324,7 @@ class Evaluation:
             if expected is None or not math.isclose(mean, expected, rel_tol=1e-6, abs_tol=1e-9):
                 return None
         is_binary = bool(np.isin(values, (0, 1)).all())
-        is_score = metric.higher_is_better and values.min() >= 0 and values.max() <= 1
+        is_score = metric.higher_is_better and np.min(values) >= 0 and np.max(values) <= 1
         unseen_difference = 1.0 if is_binary or is_score else float(values.std())
         return PairedValues(values[:, 0], values[:, 1], unseen_difference)
 

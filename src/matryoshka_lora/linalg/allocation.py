@@ -23,7 +23,7 @@ def rank_for_share(singular_values: Float64Array, share: float) -> int:
     """
     kept = np.cumsum(singular_values**2, axis=-1).reshape(-1, singular_values.shape[-1])
     is_too_small = kept[:, :-1] < share * kept[:, -1:]
-    return int(is_too_small.sum(axis=-1).max()) + 1
+    return int(np.max(is_too_small.sum(axis=-1))) + 1
 
 
 @dataclass(frozen=True)

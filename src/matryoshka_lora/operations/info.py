@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -433,7 +434,7 @@ def _layer_info(layer: Layer) -> LayerInfo:
         rank_95=rank_for_share(values, 0.95),
         rank_99=rank_for_share(values, 0.99),
         stable_rank=sum(squares) / squares[0] if squares[0] else 0.0,
-        largest_singular_value=float(values.max()),
+        largest_singular_value=math.sqrt(squares[0]),
     )
 
 

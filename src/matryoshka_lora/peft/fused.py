@@ -49,7 +49,7 @@ def low_rank_linear(
         left, right = _saved_multiplicands(x)
     # torch declares `apply` without types.
     output: Tensor
-    output, _ = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
+    output, _ = _LowRankLinear.apply(  # type: ignore[no-untyped-call,unused-ignore]
         x, weight, bias, A, B, p, left, right, save_intermediates
     )
     return output
