@@ -34,7 +34,12 @@ from research.study import LORA_EACH, ROOT, load_study, parse_method
 
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = ("lora/trained-1.0", TRAINED, "lora/squeezed", "lora/svd")
+FACE_METHODS = ("lora/trained-1.0", TRAINED, "lora-longer/svd", "lora/svd")
+FACE_TASKS = {
+    "family: an ordinary task": ("low-ordinary", "family_relationships"),
+    "facts: low ranks are too small": ("low-256", "facts-256"),
+}
+LOW_METHODS = ("lora/trained-1.0", TRAINED, "lora/squeezed", "lora/svd")
 TASK_METHODS = ("matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
@@ -126,27 +131,35 @@ def _style(mode: Mode) -> dict[str, Any]:
 
 
 def face(figure: Any, mode: Mode) -> None:
-    """Draw an adapter at every rank next to other methods, on 256 facts."""
-    figure.set_size_inches(8.4, 4.9)
-    axes = figure.subplots()
-    all_curves = curves("low-256")
-    _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median, LOW_NAMES)
-    ranks = next(curve.ranks for curve in all_curves if curve.method == LORA_EACH)
-    _draw_single_runs(axes, {rank: reference_accuracies(rank) for rank in ranks}, mode)
-    axes.set_ylim(-4, 104)
-    axes.set_ylabel("right answers in %")
-    figure.suptitle("256 facts: how many does the adapter know at each rank?", x=0.01, ha="left")
-    axes.set_title(_describe_seeds(all_curves, "the median"), color=mode.muted, fontsize=10)
+    """Draw an adapter at every rank next to other methods, on an ordinary task and on 256 facts."""
+    figure.set_size_inches(10.0, 4.9)
+    panels = figure.subplots(1, len(FACE_TASKS), sharey=True)
+    for axes, (title, (study, task)) in zip(panels, FACE_TASKS.items(), strict=True):
+        of_task = [curve for curve in curves(study) if curve.task == task]
+        _draw_accuracies(axes, of_task, FACE_METHODS, mode, fmean, LOW_NAMES)
+        single_runs = of_method(study, LORA_EACH, task)
+        accuracies_by_rank = {
+            rank: reference_accuracies(rank)
+            if study == "low-256"
+            else accuracies(single_runs, rank)
+            for rank in single_runs[0].ranks
+        }
+        _draw_single_runs(axes, accuracies_by_rank, mode)
+        axes.set_title(title)
+    panels[0].set_ylim(-4, 104)
+    panels[0].set_ylabel("right answers in %")
+    suptitle = _describe_seeds(curves("low-256"), "the mean")
+    figure.suptitle(suptitle, color=mode.muted, x=0.01, ha="left", fontsize=10)
     _draw_legend(figure)
 
 
 def low(figure: Any, mode: Mode) -> None:
-    """Draw the methods of `face` on three tasks of facts."""
+    """Draw four methods on three tasks of facts."""
     figure.set_size_inches(12.0, 5.0)
     panels = figure.subplots(1, len(LOW_STUDIES), sharey=True)
     for axes, (title, study) in zip(panels, LOW_STUDIES.items(), strict=True):
         all_curves = curves(study)
-        _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median, LOW_NAMES)
+        _draw_accuracies(axes, all_curves, LOW_METHODS, mode, median, LOW_NAMES)
         single_runs = of_method(study, LORA_EACH)
         accuracies_by_rank = {
             rank: reference_accuracies(rank)

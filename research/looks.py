@@ -83,6 +83,7 @@ LOOKS = {
     LORA_EACH: Look("#24292F", "#F0F3F6", "*"),
     "lora/trained": Look("#0065A8", "#4AA3E8", "o"),
     "lora/squeezed": Look("#A86F00", "#E69F00", "v"),
+    "lora-longer/svd": Look("#A86F00", "#E69F00", "v"),
     "lora/trained-1.0": Look("#7A3E9D", "#C08BE0", "P"),
     "lora/svd": Look("#009E73", "#4FD6A8", "D"),
     "lora/prefix": Look("#5F6770", "#8E97A1", "^"),

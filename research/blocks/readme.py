@@ -6,31 +6,22 @@ import re
 from pathlib import Path
 from textwrap import fill
 
-from research.blocks.shared import (
-    block,
-    difference,
-    median_and_lowest,
-    percent,
-    points,
-    price,
-    read,
-    reference_cells,
-    table,
-)
+from research import stats
+from research.blocks.serve import run_on_three_adapters
+from research.blocks.shared import block, difference, percent, points, price, read, table
 from research.curves import of_method, reference_accuracies
-from research.looks import NAMES, TRAINED
-from research.plan import Result
-from research.stats import accuracy_at, aurac_log2
+from research.looks import TRAINED
+from research.stats import accuracy_at
 from research.study import LORA_EACH, ROOT
 
-_README_RANKS = (1, 2, 4, 32)
+_README_RANKS = (1, 4, 32)
 _ORDINARY_TASK = "family_relationships"
 _LONGER = "lora-longer/svd"
 _METHODS = {
     "lora/svd": "LoRA, then `reorder`",
     _LONGER: "LoRA for half as long again, then `reorder`",
-    TRAINED: "**LoRA, then `train_ranks`**",
-    "lora/trained-1.0": "the same, with `max_examples=1.0`",
+    TRAINED: "LoRA, then `train_ranks`",
+    "lora/trained-1.0": "LoRA, then `train_ranks(..., max_examples=1.0)`",
 }
 _STUDIES = {"family": ("low-ordinary", _ORDINARY_TASK), "facts": ("low-256", "facts-256")}
 
@@ -38,77 +29,64 @@ _STUDIES = {"family": ("low-ordinary", _ORDINARY_TASK), "facts": ("low-256", "fa
 @block
 def readme_table() -> str:
     """The table of README: an ordinary task, and one that fills a rank."""
-    rows = [[f"*{name}*, rank {rank}"] for name in _STUDIES for rank in _README_RANKS]
-    rows += [["tokens"], ["seconds, *facts*"], ["seeds of *family*, of *facts*"]]
-    for method in _METHODS:
+    columns = [f"*{name}*, rank {rank}" for name in _STUDIES for rank in _README_RANKS]
+    rows: list[list[str]] = []
+    for method, name in _METHODS.items():
         cells = [
-            median_and_lowest(study, method, accuracy_at(rank), task)
+            percent(study, method, accuracy_at(rank), task)
             for study, task in _STUDIES.values()
             for rank in _README_RANKS
         ]
-        cells += price("low-256", method)
-        seeds = [str(len(of_method(study, method, task))) for study, task in _STUDIES.values()]
-        for row, cell in zip(rows, [*cells, ", ".join(seeds)], strict=True):
-            row.append(cell)
-    blanks = [""] * len(_README_RANKS)
-    seeds_of_each = f"0, {len(reference_accuracies(1))}"
-    cells = [*blanks, *reference_cells(_README_RANKS), "1.00 each", "", seeds_of_each]
-    for row, cell in zip(rows, cells, strict=True):
-        row.append(cell)
-    return table(["", *_METHODS.values(), NAMES[LORA_EACH]], rows)
+        rows.append([name, *cells, *price("low-256", method)])
+    of_family = [
+        percent("low-ordinary", LORA_EACH, accuracy_at(rank), _ORDINARY_TASK)
+        for rank in _README_RANKS
+    ]
+    (trained_ranks,) = {result.ranks for result in of_method("every256", LORA_EACH)}
+    of_facts: list[str] = []
+    for rank in _README_RANKS:
+        estimate = stats.estimate(reference_accuracies(rank) if rank in trained_ranks else [])
+        of_facts.append("" if estimate is None else estimate.text(1, 1))
+    rows.append(["a LoRA trained at this rank alone", *of_family, *of_facts, "1.00 each", ""])
+    caption = (
+        f"Right answers in %: the mean of {len(of_method('low-256', TRAINED))} seeds, ± half of a "
+        "95 % interval. Tokens, and seconds for *facts*, are multiples of one LoRA run. The LoRAs "
+        f"trained at one rank on *facts* are of an earlier study with "
+        f"{len(reference_accuracies(1))} seeds, in bfloat16."
+    )
+    return f"{fill(caption, 160)}\n{table(['', *columns, 'tokens', 'seconds'], rows)}"
 
 
 @block
 def readme_findings() -> str:
-    """The bullets below the table: what a sceptic would ask."""
+    """What follows from the table, by what a reader wants to deploy."""
 
     def of_family(method: str, rank: int, minus: str) -> str:
-        return points(difference("low-ordinary", method, accuracy_at(rank), minus, _ORDINARY_TASK))
+        return points(
+            difference("low-ordinary", method, accuracy_at(rank), minus, _ORDINARY_TASK), "+"
+        )
 
-    def loss_of(rank: int) -> str:
-        def points_lost(result: Result) -> float:
-            accuracies = dict(zip(result.ranks, result.curve.accuracy, strict=True))
-            return accuracies[max(result.ranks)] - accuracies[rank]
-
-        return percent("low-ordinary", "lora/svd", points_lost, _ORDINARY_TASK)
-
-    tokens, _ = price("headline", LORA_EACH)
-    one_run = points(difference("headline", "lora/svd", aurac_log2, LORA_EACH))
-    one_run_1 = points(difference("headline", "lora/svd", accuracy_at(1), LORA_EACH))
-    to_lora = points(difference("low-capacity", LORA_EACH, accuracy_at(2), TRAINED))
-    small_ranks = [
-        run["cost"]["cuts"]["trained"]["small_rank"]
-        for study, _ in _STUDIES.values()
-        for run in read(f"research/runs/{study}.jsonl")
-        if "trained" in run["cost"].get("cuts", {})
-    ]
+    each_tokens, _ = price("headline", LORA_EACH)
+    of_facts = points(difference("low-256", TRAINED, accuracy_at(1), "lora/svd"), "+")
+    to_lora = points(difference("low-capacity", LORA_EACH, accuracy_at(2), TRAINED), "+")
     bullets = [
-        f"""* **Without training, *family* loses {loss_of(4)} points at rank 4, and {loss_of(1)} at
-        rank 1**, compared with R. LoRA trained at each of six ranks costs {tokens} times the
-        tokens.
-        In an earlier study of three ordinary tasks, *family* among them, one run and `reorder`
-        differ from it by {one_run} points in the mean over the ranks, and by {one_run_1} at rank 1
-        ([details](docs/results.md#three-other-tasks)).""",
-        f"""* **Where R still improves, train longer.** In *family*, that is better than
-        `train_ranks` at rank 2 and above for the same tokens, and R gains
-        {of_family(_LONGER, 32, "lora/svd")} points.""",
-        f"""* **Where R has learned the task and a low rank has not, as in *facts*,
-        `train_ranks` is better.** A trained rank may be better than R, which stays as it is: it has
-        seen more examples. The small adapters here have rank {min(small_ranks)} to
-        {max(small_ranks)}.""",
-        f"""* **If you deploy rank 1 or 2 only, train at that rank too, and compare**: it costs one
-        run. With `o_proj` and `down_proj` alone to learn the facts, it is {to_lora} points better
-        than `train_ranks` at rank 2, and no difference was found at rank 1
-        ([details](docs/results.md#where-rank-matters)).""",
+        f"""* **Ranks 4 and above: `reorder`.** In *family*, it differs from a LoRA trained at the
+        rank by {of_family("lora/svd", 4, LORA_EACH)} points at rank 4, and by
+        {of_family("lora/svd", 1, LORA_EACH)} at rank 1. Training at each of the ranks 1, 2, 4, ...,
+        32 costs {each_tokens} times the tokens
+        ([three tasks](docs/results.md#three-other-tasks)).""",
+        f"""* **Rank R itself can improve: train longer.** In *family* that gives
+        {of_family(_LONGER, 32, "lora/svd")} points at rank 32, and
+        {of_family(_LONGER, 4, TRAINED)} at rank 4 over `train_ranks`, which
+        needs as many tokens.""",
+        f"""* **R has learned the task, and a low rank has not: `train_ranks`.** In *facts* it gives
+        {of_facts} points at rank 1.""",
+        f"""* **Only rank 1 or 2: train at this rank too, and compare.** With fewer trainable
+        parameters than here, that was better at rank 2, by {to_lora} points
+        ([facts](docs/results.md#where-rank-matters)).""",
     ]
-    lines = [fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets]
     return "\n".join(
-        [
-            "Differences are means over seeds, where the table has medians. "
-            "± is half of a 95 % interval.",
-            "",
-            *lines,
-        ]
+        fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets
     )
 
 
@@ -119,9 +97,16 @@ def readme_sample() -> str:
     (info,) = re.findall(r"^  rank +size.*?^  kept: .*?$", text, re.MULTILINE | re.DOTALL)
     ((before, after),) = re.findall(r"(\S+MB) -> (\S+MB)", text)
     return (
-        "`matryoshka info` prints this for the LoRA of *family* [below](#what-was-measured); "
-        f"`export --error 10%` reduces its file from {before} to {after}:\n\n```text\n{info}\n```"
+        "`info` prints this for the LoRA of *family* [below](#what-was-measured), and "
+        f"`export --error 10%` makes {after} of its {before}:\n\n```text\n{info}\n```"
     )
+
+
+@block
+def readme_plan() -> str:
+    """What `info` says of a folder."""
+    command = "info loras --error 20%"
+    return f"```text\n{run_on_three_adapters(command)[command]}```"
 
 
 @block

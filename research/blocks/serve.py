@@ -42,16 +42,21 @@ def _save_adapter(folder: Path, rank: int, ratio: float) -> None:
 @block
 def serve_plan() -> str:
     """The output of the commands for three adapters."""
-    export = "export loras --error 20% --for-vllm -o small"
+    info, serve = "info loras --error 20%", "serve small --dry-run"
+    outputs = run_on_three_adapters(info, "export loras --error 20% --for-vllm -o small", serve)
+    lines = [f"$ matryoshka {command}\n{outputs[command]}" for command in (info, serve)]
+    return "\n```text\n" + "\n".join(lines) + "```\n"
+
+
+def run_on_three_adapters(*commands: str) -> dict[str, str]:
+    """Run commands of `matryoshka` next to a folder ``loras``, and return what they print."""
     outputs: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (rank, ratio) in _ADAPTERS.items():
             _save_adapter(Path(folder, "loras", name), rank, ratio)
-        for command in ("info loras --error 20%", export, "serve small --dry-run"):
+        for command in commands:
             words = [sys.executable, "-m", "matryoshka_lora", *command.split()]
             outputs[command] = subprocess.run(
                 words, capture_output=True, text=True, check=True, cwd=folder
             ).stdout
-    del outputs[export]
-    lines = [f"$ matryoshka {command}\n{output}" for command, output in outputs.items()]
-    return "\n```text\n" + "\n".join(lines) + "```\n"
+    return outputs
