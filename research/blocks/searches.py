@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from research import stats
@@ -12,21 +12,16 @@ from research.curves import WARMUPS, curves, of_method, references_with_best_war
 from research.plan import Rates, Unit, num_missing, rates, units
 from research.runs import Run
 from research.stats import Value, accuracy_at, aurac_linear, aurac_log2, mean_loss
-from research.study import LORA_EACH, Study, load_study
+from research.study import LORA_EACH, Study, load_study, parse_method
 
-PAPER_VALUES: dict[str, Value] = {
-    **{f"rank {rank}": accuracy_at(rank) for rank in (1, 4, 32)},
-    "AURAC (log2)": aurac_log2,
-    "AURAC (linear)": aurac_linear,
-}
-"""What is shown of each method, by the heading."""
-RECIPE_NAMES = {"lora-authors": "LoRA", "matryoshka-authors": "P", "dylora-authors": "DyLoRA"}
+RECIPE_NAMES = {"lora": "LoRA", "matryoshka": "P", "dylora": "DyLoRA"}
+SCALING_NAMES = {"": "1 / sqrt(r)", "-none": "1", "-rank": "1 / r"}
 DEPLOYMENT_NAMES = {
-    "matryoshka-authors/prefix": "truncated, P dropped (the paper)",
-    "matryoshka-authors/kept": "truncated, P kept",
-    "lora-authors/prefix": "truncated, at the scale of the rank",
-    "lora-authors/kept": "truncated, at the scale of R",
-    "dylora-authors/prefix": "truncated",
+    "matryoshka/prefix": "truncated, P dropped (the paper)",
+    "matryoshka/kept": "truncated, P kept",
+    "lora/prefix": "truncated, at the scale of the rank",
+    "lora/kept": "truncated, at the scale of R",
+    "dylora/prefix": "truncated",
 }
 """All others are the SVD."""
 
@@ -47,24 +42,59 @@ COMPARISONS = (
 """A label, a method and another method."""
 
 
+def paper_values(*ranks: int) -> dict[str, Value]:
+    """Return what is shown of each method, by the heading."""
+    return {
+        **{f"rank {rank}": accuracy_at(rank) for rank in ranks},
+        "AURAC (log2)": aurac_log2,
+        "AURAC (linear)": aurac_linear,
+    }
+
+
+PAPER_VALUES = paper_values(1, 4, 32)
+
+
 @block
 def paper_regime() -> str:
     """Three deployments of LoRA, P and DyLoRA as the paper's authors train them."""
-    study = load_study("paper-regime")
+    return _paper_table("paper-regime", PAPER_VALUES)
+
+
+@block
+def paper_256() -> str:
+    """The same at the paper's rank."""
+    return _paper_table("paper-256", paper_values(1, 16, 256))
+
+
+@block
+def paper_scalings() -> str:
+    """The same with the paper's other two scalings."""
+    return _paper_table("paper-scalings", PAPER_VALUES)
+
+
+def _paper_table(study_name: str, values: Mapping[str, Value]) -> str:
+    study = load_study(study_name)
     runs = study.load_runs()
     rows: list[list[str]] = []
     for task in study.tasks:
         for method in study.methods:
             (unit,) = units(study, method, task)
             tests = of_method(study.name, method, task)
-            means = [stats.mean(tests, method, value) for value in PAPER_VALUES.values()]
-            names = [RECIPE_NAMES[unit.recipe], _deployment_name(method)]
+            means = [stats.mean(tests, method, value) for value in values.values()]
             rate = rate_cell(rates(study, runs, unit))
             cells = ["" if mean is None else mean.text(100, 1) for mean in means]
-            rows.append([f"`{task}`", *names, rate, f"test, {seeds_cell(len(tests))}", *cells])
-    heading = ["right answers in %", "recipe", "deployment", "rate", "measured"]
-    heading += PAPER_VALUES
+            row = [f"`{task}`", *_method_names(method), rate, f"test, {seeds_cell(len(tests))}"]
+            rows.append([*row, *cells])
+    heading = ["right answers in %", "recipe", "scale", "deployment", "rate", "measured", *values]
     return f"{table(heading, rows)}\n{_completeness([study])}"
+
+
+def _method_names(method: str) -> tuple[str, str, str]:
+    """Return the names of the recipe, of the scaling and of the deployment of a method."""
+    recipe, deployment = parse_method(method)
+    recipe, _, scaling = recipe.partition("-authors")
+    deployment_name = DEPLOYMENT_NAMES.get(f"{recipe}/{deployment}", "`reorder` (SVD)")
+    return RECIPE_NAMES[recipe], SCALING_NAMES[scaling], deployment_name
 
 
 def _completeness(studies: Sequence[Study]) -> str:
@@ -152,8 +182,8 @@ def paper_rates() -> str:
             (unit,) = units(study, method, task)
             losses = [_loss(runs.get(unit.job(rate, seed, "validation")), unit) for rate in tried]
             if any(losses):
-                names = [RECIPE_NAMES[unit.recipe], _deployment_name(method)]
-                rows.append([f"`{task}`", *names, *losses])
+                recipe, _, deployment = _method_names(method)
+                rows.append([f"`{task}`", recipe, deployment, *losses])
     heading = ["validation loss", "recipe", "deployment", *(f"{rate:g}" for rate in tried)]
     return table(heading, rows)
 
@@ -164,10 +194,6 @@ def _loss(run: Run | None, unit: Unit) -> str:
         return ""
     loss = unit.loss(run)
     return f"{loss:.2f}" if math.isfinite(loss) else "diverged"
-
-
-def _deployment_name(method: str) -> str:
-    return DEPLOYMENT_NAMES.get(method, "`reorder` (SVD)")
 
 
 # LoRA trained at one rank, with several warmups.
