@@ -80,7 +80,8 @@ def readme_findings() -> str:
         {of_family(_LONGER, 4, TRAINED)} at rank 4 over `train_ranks`, which
         needs as many tokens.""",
         f"""* **R has learned the task, and a low rank has not: `train_ranks`.** In *facts* it gives
-        {of_facts} points at rank 1.""",
+        {of_facts} points at rank 1 over `reorder`. In *family*, its rank 1 differs from a LoRA
+        trained at rank 1 by {of_family(TRAINED, 1, LORA_EACH)} points.""",
         f"""* **Only rank 1 or 2: train at this rank too, and compare.** With fewer trainable
         parameters than here, that was better at rank 2, by {to_lora} points
         ([facts](docs/results.md#where-rank-matters)).""",

@@ -156,14 +156,14 @@ def respond(lm: ManyRanksLM, request_type: str, arguments: list[Any], rank: int)
     return list(getattr(lm, request_type)(make_requests(request_type, arguments)))
 
 
-KNOWN_RESPONSES: dict[tuple[int, int, str], list[Any]] = {}
+KNOWN_RESPONSES: dict[tuple[NestedAdapter, int, str], list[Any]] = {}
 
 
 def harness_responses(
     adapter: NestedAdapter, tokenizer: Any, request_type: str, arguments: list[Any], rank: int
 ) -> list[Any]:
     """Return the responses of the harness's own backend."""
-    key = (id(adapter), rank, request_type)
+    key = (adapter, rank, request_type)
     is_standard = arguments is ARGUMENTS[request_type]
     if is_standard and key in KNOWN_RESPONSES:
         return KNOWN_RESPONSES[key]
