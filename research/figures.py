@@ -37,7 +37,7 @@ OUTPUT = ROOT / "docs" / "figures"
 FACE_METHODS = ("lora/trained-1.0", TRAINED, "lora-longer/svd", "lora/svd")
 FACE_TASKS = {
     "family: an ordinary task": ("low-ordinary", "family_relationships"),
-    "facts: low ranks are too small": ("low-256", "facts-256"),
+    "facts: truncation fails at low ranks": ("low-256", "facts-256"),
 }
 LOW_METHODS = ("lora/trained-1.0", TRAINED, "lora/squeezed", "lora/svd")
 TASK_METHODS = ("matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")

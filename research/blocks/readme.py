@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import fmean
 from textwrap import fill
 
 from research import stats
@@ -50,9 +51,9 @@ def readme_table() -> str:
     rows.append(["a LoRA trained at this rank alone", *of_family, *of_facts, "1.00 each", ""])
     caption = (
         f"Right answers in %: the mean of {len(of_method('low-256', TRAINED))} seeds, ± half of a "
-        "95 % interval. Tokens, and seconds for *facts*, are multiples of one LoRA run. The LoRAs "
-        f"trained at one rank on *facts* are of an earlier study with "
-        f"{len(reference_accuracies(1))} seeds, in bfloat16."
+        "95 % interval. The last row of *facts* is of an earlier study, in bfloat16, with "
+        f"{len(reference_accuracies(1))} seeds. Tokens and seconds: 1 is one LoRA run; seconds are "
+        "of *facts*. Rates were chosen on validation examples ([how](docs/results.md))."
     )
     return f"{fill(caption, 160)}\n{table(['', *columns, 'tokens', 'seconds'], rows)}"
 
@@ -66,25 +67,27 @@ def readme_findings() -> str:
             difference("low-ordinary", method, accuracy_at(rank), minus, _ORDINARY_TASK), "+"
         )
 
-    each_tokens, _ = price("headline", LORA_EACH)
-    of_facts = points(difference("low-256", TRAINED, accuracy_at(1), "lora/svd"), "+")
-    to_lora = points(difference("low-capacity", LORA_EACH, accuracy_at(2), TRAINED), "+")
+    def in_facts(method: str, rank: int) -> str:
+        return percent("low-256", method, accuracy_at(rank)).partition(" ")[0]
+
+    alone = {rank: f"{fmean(reference_accuracies(rank)):.1f}" for rank in (1, 4)}
+    to_lora = points(difference("low-capacity", LORA_EACH, accuracy_at(2), TRAINED))
     bullets = [
-        f"""* **Ranks 4 and above: `reorder`.** In *family*, it differs from a LoRA trained at the
-        rank by {of_family("lora/svd", 4, LORA_EACH)} points at rank 4, and by
-        {of_family("lora/svd", 1, LORA_EACH)} at rank 1. Training at each of the ranks 1, 2, 4, ...,
-        32 costs {each_tokens} times the tokens
-        ([three tasks](docs/results.md#three-other-tasks)).""",
-        f"""* **Rank R itself can improve: train longer.** In *family* that gives
-        {of_family(_LONGER, 32, "lora/svd")} points at rank 32, and
-        {of_family(_LONGER, 4, TRAINED)} at rank 4 over `train_ranks`, which
-        needs as many tokens.""",
-        f"""* **R has learned the task, and a low rank has not: `train_ranks`.** In *facts* it gives
-        {of_facts} points at rank 1 over `reorder`. In *family*, its rank 1 differs from a LoRA
-        trained at rank 1 by {of_family(TRAINED, 1, LORA_EACH)} points.""",
-        f"""* **Only rank 1 or 2: train at this rank too, and compare.** With fewer trainable
-        parameters than here, that was better at rank 2, by {to_lora} points
-        ([facts](docs/results.md#where-rank-matters)).""",
+        f"""* **`reorder` may be enough from rank 4 on.** In *family*, no difference was found to a
+        LoRA trained at rank 4 ({of_family("lora/svd", 4, LORA_EACH)} points). In *facts*, rank 4
+        has {in_facts("lora/svd", 4)} %, against {alone[4]} % of a LoRA trained at rank 4. So look
+        at your own curve.""",
+        f"""* **Rank R can still improve, as in *family*: train longer.** That gives
+        {of_family(_LONGER, 32, "lora/svd")} points at rank 32. Compared with `train_ranks`, for the
+        same tokens, it is {of_family(_LONGER, 4, TRAINED)} points at rank 4, and
+        {of_family(_LONGER, 1, TRAINED)} at rank 1. A trained rank may be better than R there,
+        because it has seen more examples.""",
+        f"""* **R has learned the task, and truncation fails, as in *facts*: `train_ranks`.** Rank 1
+        has {in_facts(TRAINED, 1)} % in place of {in_facts("lora/svd", 1)} %. A LoRA trained at
+        rank 1 alone has {alone[1]} %, for fewer tokens.""",
+        f"""* **You need rank 1 or 2 only: train at this rank, too, and compare.** With
+        `o_proj` and `down_proj` alone, a LoRA trained at rank 2 on *facts* is {to_lora} points
+        better than `train_ranks` ([details](docs/results.md#where-rank-matters)).""",
     ]
     return "\n".join(
         fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets
@@ -106,8 +109,11 @@ def readme_sample() -> str:
 @block
 def readme_plan() -> str:
     """What `info` says of a folder."""
-    command = "info loras --error 20%"
-    return f"```text\n{run_on_three_adapters(command)[command]}```"
+    info, export = "info loras --error 20%", "export loras --rank 16 -o capped"
+    outputs = run_on_three_adapters(info, export)
+    plan = outputs[info].partition("The error does not")[0]
+    result = outputs[export].partition("capped:")[0]
+    return f"```text\n$ matryoshka {info}\n{plan}\n$ matryoshka {export}\n{result}```"
 
 
 @block
@@ -119,7 +125,7 @@ def readme_export() -> str:
     memory = 2**20 / 1e6 * max(file[verb]["peak_MiB"] for verb in seconds)
     return (
         f"A file of {sizes['read']} (Flux, rank 64, random weights: for speed only) becomes "
-        f"{sizes['rank']} with `--rank 8`, in {seconds['rank']} seconds of one core;\n"
-        f"`--error 10%` takes {seconds['error']} seconds. Both need {memory:.0f} MB of memory, and "
-        "no GPU ([how it was measured](docs/performance.md))."
+        f"{sizes['rank']} with `--rank 8`, in {seconds['rank']} seconds of one core, and\n"
+        f"{sizes['error']} with `--error 10%`, in {seconds['error']} seconds. Both need "
+        f"{memory:.0f} MB of memory, and no GPU ([how it was measured](docs/performance.md))."
     )

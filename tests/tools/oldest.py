@@ -6,7 +6,9 @@ import re
 import tomllib
 from pathlib import Path
 
-PACKAGES = ("numpy", "torch", "peft", "transformers", "trl")
+PACKAGES = ("numpy", "torch", "peft", "transformers", "trl", "datasets")
+# Newer versions need NumPy 2, and do not declare it.
+OTHER_CONSTRAINTS = ("pyarrow==21.*",)
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
@@ -23,3 +25,4 @@ def lower_bound(package: str) -> str:
 if __name__ == "__main__":
     for package in PACKAGES:
         print(f"{package}=={lower_bound(package)}.*")
+    print(*OTHER_CONSTRAINTS, sep="\n")

@@ -66,7 +66,9 @@ def aurac(accuracies: Sequence[float], ranks: Sequence[int], axis: AuracAxis = "
     x = np.array(checked, dtype=np.float64)
     if axis == "log2":
         x = np.log2(x)
-    return float(np.trapezoid(accuracies, x) / (x[-1] - x[0]))
+    y = np.array(accuracies, dtype=np.float64)
+    # NumPy 1.26 has no `trapezoid`.
+    return float(np.diff(x) @ (y[1:] + y[:-1]) / 2 / (x[-1] - x[0]))
 
 
 class Difference(NamedTuple):
