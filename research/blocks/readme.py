@@ -75,8 +75,8 @@ def readme_findings() -> str:
     bullets = [
         f"""* **From which rank on `reorder` is enough depends on the task.** In *family*, rank 4
         minus a LoRA trained at rank 4 is {of_family("lora/svd", 4, LORA_EACH)} points: undecided.
-        In *facts*, rank 4 has {in_facts("lora/svd", 4)} %, against {alone[4]} %. Ranks 8 and 16 were
-        not trained alone here; [they were on three other
+        In *facts*, rank 4 has {in_facts("lora/svd", 4)} %, against {alone[4]} %. Ranks 8 and 16
+        were not trained alone here; [they were on three other
         tasks](docs/results.md#three-other-tasks).""",
         f"""* **Rank R can still improve, as in *family*: train longer.** That gives
         {of_family(_LONGER, 32, "lora/svd")} points at rank 32. Compared with `train_ranks`, for the
