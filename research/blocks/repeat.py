@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, median
 
-import numpy as np
-
+from matryoshka_lora import aurac
 from research.blocks.shared import block, read, table
 from research.runs import read_runs
 from research.study import RUNS, STUDIES, load_study
@@ -126,4 +125,4 @@ def _at(values: Sequence[float], rank: int) -> float:
 
 def _mean_loss(losses: Sequence[float]) -> float:
     """Return the mean loss over log2 of the rank, by the trapezoid rule."""
-    return float(np.trapezoid(losses, np.log2(LOW_RANKS)) / np.log2(LOW_RANKS[-1]))
+    return aurac(losses, LOW_RANKS)

@@ -263,7 +263,8 @@ def save_float8(
     file: Path, weight: Tensor, dtype: torch.dtype, scale_name: str, scale: float
 ) -> Tensor:
     """Write a weight in float8, and return it as PyTorch and the scale give it."""
-    numbers = (weight / scale).to(dtype)
+    largest = torch.finfo(dtype).max  # torch 2.8 casts larger numbers to NaN
+    numbers = (weight / scale).clamp(-largest, largest).to(dtype)
     tensors = {
         f"{FLOAT8_KEY}.weight": numbers,
         "double_blocks.0.img_attn.proj.weight": torch.ones(8, 8).to(dtype),

@@ -53,6 +53,10 @@ def write(lora: Lora, output_folder: Path, target: Target) -> Written:
     if lora.config.get("layer_replication"):
         _copy_shared_weights(peft_model.get_base_model())
     merged = peft_model.merge_and_unload(safe_merge=True)
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        # PEFT 0.18 leaves this to the caller if the head is one of `modules_to_save`.
+        merged.config.tie_word_embeddings = False
     # transformers 5.0 cannot save a model that it has dequantized.
     with wrap_errors(
         f"Cannot save {base_model} after dequantizing it",
