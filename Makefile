@@ -106,7 +106,7 @@ test: lint ## lint, and the tests that take less than three seconds each (five m
 
 test-all: lint test-peft test-runtimes docs test-wheel ## everything but vLLM, other trainers and devices (40 minutes on 2 cores)
 	# test-wheel runs the blocks of README and docs.
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/runtimes --deselect tests/test_docs.py::test_blocks_run
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 --ignore tests/runtimes --deselect tests/test_docs.py::test_blocks_run
 
 test-peft: $(VENV)/.test ## PEFT's own test suite of the installed version, with every LoRA adapter nested
 	$(BIN)/python tests/peft_suite/run.py
