@@ -255,7 +255,7 @@ def _spread(shares: Sequence[float]) -> str:
 def rate_cell(state: Rates) -> str:
     """Return the chosen rate as a cell, and whether no smaller or no larger one was tried."""
     if state.chosen is None:
-        return "none: every rate diverged"
+        return "not known yet" if state.missing else "none: every rate diverged"
     is_edge = state.chosen in (min(state.losses), max(state.losses))
     return f"{state.chosen:g}, an edge of the grid" if is_edge else f"{state.chosen:g}"
 
