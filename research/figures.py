@@ -137,14 +137,7 @@ def face(figure: Any, mode: Mode) -> None:
     for axes, (title, (study, task)) in zip(panels, FACE_TASKS.items(), strict=True):
         of_task = [curve for curve in curves(study) if curve.task == task]
         _draw_accuracies(axes, of_task, FACE_METHODS, mode, fmean, LOW_NAMES)
-        single_runs = of_method(study, LORA_EACH, task)
-        accuracies_by_rank = {
-            rank: reference_accuracies(rank)
-            if study == "low-256"
-            else accuracies(single_runs, rank)
-            for rank in single_runs[0].ranks
-        }
-        _draw_single_runs(axes, accuracies_by_rank, mode)
+        _draw_single_runs(axes, _single_runs(study, task), mode)
         axes.set_title(title)
     panels[0].set_ylim(-4, 104)
     panels[0].set_ylabel("right answers in %")
@@ -160,14 +153,7 @@ def low(figure: Any, mode: Mode) -> None:
     for axes, (title, study) in zip(panels, LOW_STUDIES.items(), strict=True):
         all_curves = curves(study)
         _draw_accuracies(axes, all_curves, LOW_METHODS, mode, median, LOW_NAMES)
-        single_runs = of_method(study, LORA_EACH)
-        accuracies_by_rank = {
-            rank: reference_accuracies(rank)
-            if study == "low-256"
-            else accuracies(single_runs, rank)
-            for rank in single_runs[0].ranks
-        }
-        _draw_single_runs(axes, accuracies_by_rank, mode)
+        _draw_single_runs(axes, _single_runs(study), mode)
         axes.set_title(f"{title}, {len(of_method(study, TRAINED))} seeds")
     panels[0].set_ylim(-4, 104)
     panels[0].set_ylabel("right answers in %")
@@ -208,6 +194,15 @@ def _draw_accuracies(
         _draw_curve(axes, curves_of_method, label, mode, average, z_order=4 - 0.1 * index)
     all_ranks = {rank for curve in all_curves for rank in curve.ranks}
     set_rank_axis(axes, sorted(all_ranks), "rank at which the adapter is used")
+
+
+def _single_runs(study: str, task: str | None = None) -> dict[int, list[float]]:
+    """Return the right answers of LoRA trained at each rank, in %, by seed."""
+    runs = of_method(study, LORA_EACH, task)
+    return {
+        rank: reference_accuracies(rank) if study == "low-256" else accuracies(runs, rank)
+        for rank in runs[0].ranks
+    }
 
 
 def _draw_single_runs(
