@@ -7,9 +7,18 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 
-from research import stats
 from research.blocks.serve import run_on_three_adapters
-from research.blocks.shared import block, difference, percent, points, price, read, table
+from research.blocks.shared import (
+    block,
+    difference,
+    format_mean,
+    percent,
+    points,
+    price,
+    read,
+    reference_cells,
+    table,
+)
 from research.curves import of_method, reference_accuracies
 from research.looks import TRAINED
 from research.stats import accuracy_at
@@ -43,11 +52,7 @@ def readme_table() -> str:
         percent("low-ordinary", LORA_EACH, accuracy_at(rank), _ORDINARY_TASK)
         for rank in _README_RANKS
     ]
-    (trained_ranks,) = {result.ranks for result in of_method("every256", LORA_EACH)}
-    of_facts: list[str] = []
-    for rank in _README_RANKS:
-        estimate = stats.estimate(reference_accuracies(rank) if rank in trained_ranks else [])
-        of_facts.append("" if estimate is None else estimate.text(1, 1))
+    of_facts = reference_cells(_README_RANKS, format_mean)
     rows.append(["a LoRA trained at this rank alone", *of_family, *of_facts, "1.00 each", ""])
     caption = (
         f"Right answers in %: the mean of {len(of_method('low-256', TRAINED))} seeds, ± half of a "

@@ -62,6 +62,12 @@ def median_and_lowest(study: str, method: str, value: Value, task: str | None = 
     return format_median([100 * share for share in values.values()])
 
 
+def format_mean(shares: Sequence[float]) -> str:
+    """Return the mean of shares in %, with ±."""
+    estimate = stats.estimate(shares)
+    return "" if estimate is None else estimate.text(1, 1)
+
+
 def format_median(shares: Sequence[float]) -> str:
     """Return the median of shares in %, and the lowest in brackets."""
     return f"{median(shares):.1f} ({min(shares):.1f})" if shares else ""
@@ -80,11 +86,13 @@ def price(study: str, method: str) -> tuple[str, str]:
     return f"{tokens:.2f}", seconds
 
 
-def reference_cells(ranks: Sequence[int]) -> list[str]:
-    """Return the medians of LoRA trained at each rank on 256 facts, where the study has it."""
+def reference_cells(
+    ranks: Sequence[int], format_shares: Callable[[Sequence[float]], str] = format_median
+) -> list[str]:
+    """Return a cell for LoRA trained at each rank on 256 facts, where the study has it."""
     (trained_ranks,) = {result.ranks for result in of_method("every256", LORA_EACH)}
     return [
-        format_median(reference_accuracies(rank)) if rank in trained_ranks else "" for rank in ranks
+        format_shares(reference_accuracies(rank)) if rank in trained_ranks else "" for rank in ranks
     ]
 
 

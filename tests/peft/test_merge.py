@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.models import LINEAR_LAYERS, randomize, tiny_llama
 from helpers.plain_peft import distance, logits, plain_adapter
 from helpers.tiny_chat import TEMPLATE, save_tiny_chat, tiny_tokenizer
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,8 +125,6 @@ def test_a_base_model_without_a_tokenizer_is_merged(content: str | None, tmp_pat
     tiny_llama().save_pretrained(tmp_path / "base")
     if content is not None:
         (tmp_path / "base" / "tokenizer.json").write_text(content)
-    elif Version(transformers.__version__) < Version("5.1"):
-        pytest.skip("transformers 5.0 makes an empty tokenizer")
     model = plain_adapter(tmp_path / "lora")
     with pytest.warns(UserWarning, match="no tokenizer"):
         export(

@@ -141,15 +141,19 @@ def run_task(
         if task_num_fewshot is None or (num_fewshot is not None and task_num_fewshot != 0):
             harness_task.set_config(key="num_fewshot", value=num_fewshot or 0)
         harness_task.set_fewshot_seed(seed=_SEED)
-    action = f"The harness cannot run {', '.join(task.subtasks)}"
+    names = ", ".join(task.subtasks)
     with (
         _named_bars(printable(task.name), progress),
-        wrap_errors(action, exceptions=(AssertionError, ValueError)),
+        wrap_errors(f"The harness cannot run {names}", exceptions=(AssertionError, ValueError)),
     ):
-        # Not simple_evaluate, which spends seconds on a description of the machine at each rank.
-        results: HarnessResults = evaluate(
-            lm, task.harness_tasks, limit=limit, bootstrap_iters=_BOOTSTRAP_ITERS
-        )
+        try:
+            # Not simple_evaluate, which spends seconds on a description of the machine at each
+            # rank.
+            results: HarnessResults = evaluate(
+                lm, task.harness_tasks, limit=limit, bootstrap_iters=_BOOTSTRAP_ITERS
+            )
+        except MatryoshkaError as error:
+            raise type(error)(f"{names}: {error}") from error
     return results
 
 

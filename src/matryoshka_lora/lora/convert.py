@@ -142,7 +142,7 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
         layers = _convert_layers(lora, model, names, _STYLES[key_format])
         if layers != lora.layers:
             model_names = " or ".join(model.name for model in models)
-            note = f"The layers are named as those of {model_names}."
+            note = f"The output has the layer names of {model_names}."
             lora = replace(lora, notes=(*lora.notes, note))
     else:
         _check_shapes(lora)
@@ -164,7 +164,7 @@ def _check_shapes(lora: Lora) -> None:
     """Raise MatryoshkaError if a model has the names of all layers, but other shapes."""
     for model in find_models(_layer_names(lora)):
         for layer in lora.layers:
-            if not has_layer(model, layer.name, (layer.out_features, *layer.in_shape)):
+            if not has_layer(model, layer.name, lora.weight_shapes[layer.name]):
                 raise MatryoshkaError(
                     f"{lora.name} has the names of {model.name}, but not its shapes: "
                     f"{short(layer.name)} has {layer.out_features} rows for {layer.in_shape[0]} "

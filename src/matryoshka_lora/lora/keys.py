@@ -104,9 +104,10 @@ _TEXT_ENCODER_PREFIXES = {
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?[_.]")
 # The names of all known modules are shorter. Longer ones may hold numbers of thousands of digits.
 _MAX_NAME_LENGTH = 200
-# Widths are rounded to multiples, such as 256. The exact ratio tells OmniGen2 from Lumina Image 2.
+# Widths are rounded to multiples, such as 256.
 _RATIO_TOLERANCE = 0.05
-_EXACT_TOLERANCE = 0.01
+# OmniGen2 and Lumina Image 2 differ by 2 %.
+_CLOSE_RATIO_TOLERANCE = 0.01
 # Old names of diffusers: attn1.processor.to_q_lora, mlp.fc1.lora_linear_layer.
 _OLD_ENDINGS = re.compile(r"_processor(?=_)|_lora(_linear_layer)?$")
 _OLD_CLIP_PROJECTION = re.compile(r"(?<=_self_attn_)to_(q|k|v|out)(_0)?$")
@@ -300,12 +301,14 @@ def find_models(
         model for model in models if all(find_module(name, model) for name in text_names)
     ]
     models = with_text_encoders or models
-    with_exact_ratios = [
+    with_close_ratios = [
         model
         for model in models
-        if all(has_layer(model, name, shapes.get(name), _EXACT_TOLERANCE) for name in image_names)
+        if all(
+            has_layer(model, name, shapes.get(name), _CLOSE_RATIO_TOLERANCE) for name in image_names
+        )
     ]
-    models = with_exact_ratios or models
+    models = with_close_ratios or models
     return [model for model in models if _has_width(model, shapes)] or models
 
 

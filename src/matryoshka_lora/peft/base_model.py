@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from matryoshka_lora.bundled_model import BUNDLED_MODEL, BUNDLED_MODEL_ID, resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
-from matryoshka_lora.formats.hub import leads_out_of_folder
+from matryoshka_lora.formats.hub import TOKENIZER_FILES, leads_out_of_folder
 from matryoshka_lora.tensors import cpu_has_bf16
 from matryoshka_lora.units import format_size
 
@@ -151,9 +151,15 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
     from transformers import AutoTokenizer
 
     name = name or BUNDLED_MODEL
+    path = resolve_model_path(name, revision)
     with _wrap_loading_errors("tokenizer", name):
+        if Path(path).is_dir() and not any(
+            file for pattern in TOKENIZER_FILES for file in Path(path).glob(pattern)
+        ):
+            # transformers 5.0 returns a tokenizer without a vocabulary.
+            raise OSError("the folder has no tokenizer")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve_model_path(name, revision), revision=revision or "main", trust_remote_code=False
+            path, revision=revision or "main", trust_remote_code=False
         )
     tokenizer.name_or_path = BUNDLED_MODEL_ID if name == BUNDLED_MODEL else name
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -54,8 +54,8 @@ def write(lora: Lora, output_folder: Path, target: Target) -> Written:
         _copy_shared_weights(peft_model.get_base_model())
     merged = peft_model.merge_and_unload(safe_merge=True)
     head = merged.get_output_embeddings()
-    if head is not None and head.weight is not merged.get_input_embeddings().weight:
-        # PEFT 0.18 leaves this to the caller if the head is one of `modules_to_save`.
+    if head.weight is not merged.get_input_embeddings().weight:
+        # PEFT 0.18 does not set this for a head in `modules_to_save`.
         merged.config.tie_word_embeddings = False
     # transformers 5.0 cannot save a model that it has dequantized.
     with wrap_errors(
@@ -101,7 +101,6 @@ def _untie_adapted_embeddings(model: Any) -> None:
     if isinstance(head, LoraLayer) or isinstance(model.get_input_embeddings(), LoraLayer):
         layer = head.get_base_layer() if isinstance(head, LoraLayer) else head
         layer.weight = nn.Parameter(layer.weight.detach().clone())
-        model.config.tie_word_embeddings = False
 
 
 def _copy_shared_weights(model: Any) -> None:
