@@ -56,12 +56,6 @@ def nats(
     return "" if estimate is None else estimate.text()
 
 
-def median_and_lowest(study: str, method: str, value: Value, task: str | None = None) -> str:
-    """Return the median over the seeds in %, and the lowest seed in brackets."""
-    values = stats.values(curves(study), method, value, task)
-    return format_median([100 * share for share in values.values()])
-
-
 def format_mean(shares: Sequence[float]) -> str:
     """Return the mean of shares in %, with ±."""
     estimate = stats.estimate(shares)
@@ -107,7 +101,8 @@ def facts_table(
     heading = [first, *(f"rank {rank}" for rank in ranks), "tokens", "seconds", "seeds"]
     rows: list[list[str]] = []
     for method in methods:
-        cells = [median_and_lowest(study, method, accuracy_at(rank)) for rank in ranks]
+        shares_by_rank = [stats.values(curves(study), method, accuracy_at(rank)) for rank in ranks]
+        cells = [format_median([100 * s for s in shares.values()]) for shares in shares_by_rank]
         if (study, method) == ("every256", LORA_EACH):
             cells = reference_cells(ranks)
         seeds = str(len(of_method(study, method)))
