@@ -29,7 +29,7 @@ def run(*arguments: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-# ComfyUI does not read diffusers' names of Wan, nor those of SDXL's attention, which it expects with
+# ComfyUI does not read diffusers' names of Wan, nor of SDXL's attention, which it expects with
 # `processor`. Those of Flux are parts of its weights, see test_comfyui_names.
 KEY_FORMATS: dict[str, list[Any]] = {
     "flux": ["kohya"],
