@@ -34,7 +34,7 @@ from research.study import LORA_EACH, ROOT, load_study, parse_method
 
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = ("lora/trained-1.0", TRAINED, "lora-longer/svd", "lora/svd")
+FACE_METHODS = (TRAINED, "lora-longer/svd", "lora/svd")
 FACE_TASKS = {
     "family: an ordinary task": ("low-ordinary", "family_relationships"),
     "facts: truncation fails at low ranks": ("low-256", "facts-256"),

@@ -31,7 +31,6 @@ _METHODS = {
     "lora/svd": "LoRA, then `reorder`",
     _LONGER: "LoRA for half as long again, then `reorder`",
     TRAINED: "LoRA, then `train_ranks`",
-    "lora/trained-1.0": "LoRA, then `train_ranks(..., max_examples=1.0)`",
 }
 _STUDIES = {"family": ("low-ordinary", _ORDINARY_TASK), "facts": ("low-256", "facts-256")}
 
@@ -67,33 +66,28 @@ def readme_table() -> str:
 def readme_findings() -> str:
     """What follows from the table, by what a reader wants to deploy."""
 
-    def of_family(method: str, rank: int, minus: str) -> str:
+    def of_family(rank: int, method: str, minus: str) -> str:
         return points(
             difference("low-ordinary", method, accuracy_at(rank), minus, _ORDINARY_TASK), "+"
         )
 
-    def in_facts(method: str, rank: int) -> str:
+    def in_facts(rank: int, method: str) -> str:
         return percent("low-256", method, accuracy_at(rank)).partition(" ")[0]
 
     alone = {rank: f"{fmean(reference_accuracies(rank)):.1f}" for rank in (1, 4)}
-    to_lora = points(difference("low-capacity", LORA_EACH, accuracy_at(2), TRAINED))
     bullets = [
-        f"""* **From which rank on `reorder` is enough depends on the task.** In *family*, rank 4
-        minus a LoRA trained at rank 4 is {of_family("lora/svd", 4, LORA_EACH)} points: undecided.
-        In *facts*, rank 4 has {in_facts("lora/svd", 4)} %, against {alone[4]} %. Ranks 8 and 16
-        were not trained alone here; [they were on three other
-        tasks](docs/results.md#three-other-tasks).""",
-        f"""* **Rank R can still improve, as in *family*: train longer.** That gives
-        {of_family(_LONGER, 32, "lora/svd")} points at rank 32. Compared with `train_ranks`, for the
-        same tokens, it is {of_family(_LONGER, 4, TRAINED)} points at rank 4, and
-        {of_family(_LONGER, 1, TRAINED)} at rank 1. A trained rank may
-        be better than R there: it is trained on more examples, and R is not.""",
-        f"""* **R has learned the task, and truncation fails, as in *facts*: `train_ranks`.** Rank 1
-        has {in_facts(TRAINED, 1)} % in place of {in_facts("lora/svd", 1)} %. A LoRA trained at
-        rank 1 alone has {alone[1]} %, for fewer tokens.""",
-        f"""* **You need rank 1 or 2 only: train at this rank, too, and compare.** With
-        `o_proj` and `down_proj` alone, a LoRA trained at rank 2 on *facts* is {to_lora} points
-        better than `train_ranks` ([details](docs/results.md#where-rank-matters)).""",
+        f"""* **A low rank may be enough as it is.** Rank 4 minus a LoRA trained at rank 4 is
+        {of_family(4, "lora/svd", LORA_EACH)} points in *family*, which is undecided, and
+        {in_facts(4, "lora/svd")} against {alone[4]} % in *facts*.
+        [Three other tasks](docs/results.md#three-other-tasks) have the ranks 8 and 16, too.""",
+        f"""* **If R has not learned all, train longer**, which gives
+        {of_family(32, _LONGER, "lora/svd")} points at rank 32 of *family*. Minus `train_ranks`, for
+        the same tokens, it is {of_family(4, _LONGER, TRAINED)} points at rank 4, and
+        {of_family(1, _LONGER, TRAINED)} at rank 1.""",
+        f"""* **If R has, and low ranks have not, `train_ranks`**: rank 1 of *facts* has
+        {in_facts(1, TRAINED)} % in place of {in_facts(1, "lora/svd")} %. A LoRA trained at rank 1
+        alone has {alone[1]} %, for fewer tokens, so if you need one low rank only,
+        [compare](docs/results.md#where-rank-matters).""",
     ]
     return "\n".join(
         fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets
@@ -114,12 +108,18 @@ def readme_sample() -> str:
 
 @block
 def readme_plan() -> str:
-    """What `info` says of a folder."""
+    """What `info` says of a folder, and how much `export` truncates."""
     info, export = "info loras --error 20%", "export loras --rank 16 -o capped"
     outputs = run_on_three_adapters(info, export)
     plan = outputs[info].partition("The error does not")[0]
-    result = outputs[export].partition("capped:")[0]
-    return f"```text\n$ matryoshka {info}\n{plan}\n$ matryoshka {export}\n{result}```"
+    pairs = re.findall(r"([\d.]+)%[ *]+(chat|code)$", outputs[export], re.MULTILINE)
+    errors = {name: error for error, name in pairs}
+    sentence = (
+        f"`matryoshka {export}` cuts the adapters above rank 16, to an error of {errors['chat']} % "
+        f"for `chat` and {errors['code']} % for `code`. `matryoshka serve capped` then starts vLLM "
+        "with all three."
+    )
+    return f"```text\n$ matryoshka {info}\n{plan}```\n\n{fill(sentence, 160)}"
 
 
 @block
