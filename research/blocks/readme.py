@@ -76,8 +76,8 @@ def readme_findings() -> str:
 
     alone = {rank: f"{fmean(reference_accuracies(rank)):.1f}" for rank in (1, 4)}
     bullets = [
-        f"""* **A low rank may be enough as it is.** Rank 4 of `reorder` minus a LoRA trained at rank 4 is
-        {of_family(4, "lora/svd", LORA_EACH)} points in *family*, which is undecided, and
+        f"""* **A low rank may be enough as it is.** Rank 4 of `reorder` minus a LoRA trained at
+        rank 4 is {of_family(4, "lora/svd", LORA_EACH)} points in *family*, which is undecided, and
         {in_facts(4, "lora/svd")} against {alone[4]} % in *facts*.
         [Three other tasks](docs/results.md#three-other-tasks) have the ranks 8 and 16, too.""",
         f"""* **If R has not learned all, train longer**, which gives

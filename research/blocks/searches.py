@@ -156,7 +156,8 @@ def paper_findings() -> str:
         f"{_accuracies('lora-authors/svd', 1)} %, and {_accuracies('lora-authors/svd', 32)} %.\n"
         "  `train_ranks` was not run in this regime.\n"
         f"* **Of the paper's settings**, {len(study.ranks)} nested ranks up to R = {study.rank}, "
-        f"one of three scalings (1 / sqrt(r), the others below) and {study.training['max_steps']} steps were run. "
+        "one of three scalings (1 / sqrt(r), the others below) and "
+        f"{study.training['max_steps']} steps were run. "
         f"{num_above} of {len(chosen)} chosen rates are\n  above {PAPER_MAX_RATE:g}, the largest "
         "of the paper. Its tables of numbers could not be obtained, so ours are not next to them."
     )
