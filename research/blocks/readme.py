@@ -76,10 +76,10 @@ def readme_findings() -> str:
 
     alone = {rank: f"{fmean(reference_accuracies(rank)):.1f}" for rank in (1, 4)}
     bullets = [
-        f"""* **A low rank may be enough as it is.** Rank 4 of `reorder` minus a LoRA trained at
-        rank 4 is {of_family(4, "lora/svd", LORA_EACH)} points in *family*, which is undecided, and
-        {in_facts(4, "lora/svd")} against {alone[4]} % in *facts*.
-        [Three other tasks](docs/results.md#three-other-tasks) have the ranks 8 and 16, too.""",
+        f"""* **Whether a low rank is enough as it is depends on the task.** Rank 4 of `reorder`
+        minus a LoRA trained at rank 4 is {of_family(4, "lora/svd", LORA_EACH)} points in *family*,
+        which is undecided, and {in_facts(4, "lora/svd")} against {alone[4]} % in *facts*. LoRA was
+        not trained at the ranks 8 and 16 alone here.""",
         f"""* **If R has not learned all, train longer**, which gives
         {of_family(32, _LONGER, "lora/svd")} points at rank 32 of *family*. Minus `train_ranks`, for
         the same tokens, it is {of_family(4, _LONGER, TRAINED)} points at rank 4, and

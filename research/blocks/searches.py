@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from research import stats
-from research.blocks.shared import block, in_paper_regime, points, table
+from research.blocks.shared import block, difference, in_paper_regime, points, table
 from research.curves import WARMUPS, curves, of_method, references_with_best_warmup
 from research.plan import Rates, Unit, num_missing, rates, units
 from research.runs import Run
@@ -69,7 +69,23 @@ def paper_256() -> str:
 @block
 def paper_scalings() -> str:
     """The same with the paper's other two scalings."""
-    return _paper_table("paper-scalings", PAPER_VALUES)
+    p_minus_lora = [
+        points(
+            difference(
+                "paper-scalings",
+                f"matryoshka-authors-{scaling}/svd",
+                aurac_log2,
+                f"lora-authors-{scaling}/svd",
+            ),
+            "+",
+        )
+        for scaling in ("none", "rank")
+    ]
+    return (
+        f"{_paper_table('paper-scalings', PAPER_VALUES)}\n\nP minus LoRA, each after `reorder`, on "
+        f"the same three seeds, in AURAC (log2): {p_minus_lora[0]} points at the scale 1, and "
+        f"{p_minus_lora[1]} at 1 / r."
+    )
 
 
 def _paper_table(study_name: str, values: Mapping[str, Value]) -> str:
