@@ -19,7 +19,9 @@ WARMUPS = (0, 5, 20)
 def curves(name: str) -> tuple[Result, ...]:
     """Return every finished curve of a study, and its curves of earlier versions."""
     study = load_study(name)
-    return (*results(study, study.load_runs()), *earlier_curves(name))
+    of_study = (*results(study, study.load_runs()), *earlier_curves(name))
+    # LoRA at the ranks 1 and 2 has a longer warmup, and rates of a finer grid.
+    return (*of_study, *curves("low-256-alone")) if name == "low-256" else of_study
 
 
 def earlier_curves(study: str) -> list[Result]:
@@ -55,7 +57,7 @@ def references_with_best_warmup() -> tuple[int, list[Result]]:
 
 
 def reference_accuracies(rank: int) -> list[float]:
-    """Return the right answers of LoRA trained at a rank on 256 facts, in %, by seed.
+    """Return the right answers of LoRA trained at a rank in `every256`, in %, by seed.
 
     At the ranks 1 and 2 they are from the study of the best warmup, which has a finer grid of rates
     and more validation seeds.

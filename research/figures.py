@@ -17,7 +17,7 @@ from typing import Any
 
 from matryoshka_lora import Nesting
 from research.blocks.reordering import SIZES, TASK_NAMES, divergences
-from research.curves import accuracies, curves, of_method, reference_accuracies
+from research.curves import accuracies, curves, of_method
 from research.looks import (
     LOOKS,
     LOW_NAMES,
@@ -200,8 +200,8 @@ def _single_runs(study: str, task: str | None = None) -> dict[int, list[float]]:
     """Return the right answers of LoRA trained at each rank, in %, by seed."""
     runs = of_method(study, LORA_EACH, task)
     return {
-        rank: reference_accuracies(rank) if study == "low-256" else accuracies(runs, rank)
-        for rank in runs[0].ranks
+        rank: accuracies([run for run in runs if rank in run.ranks], rank)
+        for rank in sorted({rank for run in runs for rank in run.ranks})
     }
 
 

@@ -6,6 +6,7 @@ commands, and what they print.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,16 @@ from tempfile import TemporaryDirectory
 from research.plan import rates, units
 from research.run import set_up
 from research.study import RUNS, load_study
+from research.tasks import measured_examples
 from research.training import trainer_of
 
-COMMANDS = ("info family", "export family --error 10% -o small")
+COMMANDS = (
+    "info family",
+    "export family --error 10% -o small",
+    "reorder family -o adapter",
+    "eval adapter --data held-out.jsonl",
+    "select adapter-evaluation --within 1%",
+)
 
 
 def main() -> None:
@@ -30,6 +38,9 @@ def main() -> None:
     with TemporaryDirectory() as folder, trainer_of(study, job) as (adapter, trainer, _):
         trainer.train()
         adapter.export(Path(folder, "family"), study.rank)
+        questions = measured_examples(study, task, job.split, job.seed)
+        text = "".join(json.dumps(question) + "\n" for question in questions)
+        Path(folder, "held-out.jsonl").write_text(text, encoding="utf-8")
         lines: list[str] = []
         for command in COMMANDS:
             process = subprocess.run(

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from statistics import fmean
 from textwrap import fill
 
 from research.blocks.serve import run_on_three_adapters
 from research.blocks.shared import (
     block,
     difference,
-    format_mean,
     percent,
     points,
     price,
     read,
-    reference_cells,
     table,
 )
-from research.curves import of_method, reference_accuracies
+from research.curves import of_method
 from research.looks import TRAINED
 from research.stats import accuracy_at
-from research.study import LORA_EACH, ROOT
+from research.study import LORA_EACH, ROOT, load_study
 
 _README_RANKS = (1, 4, 32)
 _ORDINARY_TASK = "family_relationships"
@@ -31,6 +28,7 @@ _METHODS = {
     "lora/svd": "LoRA, then `reorder`",
     _LONGER: "LoRA for half as long again, then `reorder`",
     TRAINED: "LoRA, then `train_ranks`",
+    LORA_EACH: "a LoRA trained at this rank alone",
 }
 _STUDIES = {"family": ("low-ordinary", _ORDINARY_TASK), "facts": ("low-256", "facts-256")}
 
@@ -46,18 +44,15 @@ def readme_table() -> str:
             for study, task in _STUDIES.values()
             for rank in _README_RANKS
         ]
-        rows.append([name, *cells, *price("low-256", method)])
-    of_family = [
-        percent("low-ordinary", LORA_EACH, accuracy_at(rank), _ORDINARY_TASK)
-        for rank in _README_RANKS
-    ]
-    of_facts = reference_cells(_README_RANKS, format_mean)
-    rows.append(["a LoRA trained at this rank alone", *of_family, *of_facts, "1.00 each", ""])
+        cost = ("1.00 each", "") if method == LORA_EACH else price("low-256", method)
+        rows.append([name, *cells, *cost])
+    num_questions = " and ".join(
+        f"{load_study(study).items['test']} of *{name}*" for name, (study, _) in _STUDIES.items()
+    )
     caption = (
         f"Right answers in %: the mean of {len(of_method('low-256', TRAINED))} seeds, ± half of a "
-        "95 % interval. The last row of *facts* is of an earlier study, in bfloat16, with "
-        f"{len(reference_accuracies(1))} seeds. Tokens and seconds: 1 is one LoRA run; seconds are "
-        "of *facts*. Rates were chosen on validation examples ([how](docs/results.md))."
+        f"95 % interval, on {num_questions}. Tokens and seconds: 1 is one LoRA run; seconds are of "
+        "*facts*. Rates were chosen on validation examples ([how](docs/results.md))."
     )
     return f"{fill(caption, 160)}\n{table(['', *columns, 'tokens', 'seconds'], rows)}"
 
@@ -66,27 +61,28 @@ def readme_table() -> str:
 def readme_findings() -> str:
     """What follows from the table, by what a reader wants to deploy."""
 
-    def of_family(rank: int, method: str, minus: str) -> str:
-        return points(
-            difference("low-ordinary", method, accuracy_at(rank), minus, _ORDINARY_TASK), "+"
-        )
+    def minus(name: str, rank: int, method: str, other: str) -> str:
+        study, task = _STUDIES[name]
+        return points(difference(study, method, accuracy_at(rank), other, task), "+")
 
-    def in_facts(rank: int, method: str) -> str:
-        return percent("low-256", method, accuracy_at(rank)).partition(" ")[0]
+    def share(name: str, rank: int, method: str) -> str:
+        study, task = _STUDIES[name]
+        return percent(study, method, accuracy_at(rank), task).partition(" ")[0]
 
-    alone = {rank: f"{fmean(reference_accuracies(rank)):.1f}" for rank in (1, 4)}
     bullets = [
         f"""* **Whether a low rank is enough as it is depends on the task.** Rank 4 of `reorder`
-        minus a LoRA trained at rank 4 is {of_family(4, "lora/svd", LORA_EACH)} points in *family*,
-        which is undecided, and {in_facts(4, "lora/svd")} against {alone[4]} % in *facts*. LoRA was
-        not trained at the ranks 8 and 16 alone here.""",
+        minus a LoRA trained at rank 4 is {minus("family", 4, "lora/svd", LORA_EACH)} points in
+        *family*, which is undecided, and {minus("facts", 4, "lora/svd", LORA_EACH)} in *facts*. In
+        *family*, these LoRAs may be better than here: their rates are of a coarse grid, and rank 8
+        has {share("family", 8, LORA_EACH)} %, less than rank 4.""",
         f"""* **If R has not learned all, train longer**, which gives
-        {of_family(32, _LONGER, "lora/svd")} points at rank 32 of *family*. Minus `train_ranks`, for
-        the same tokens, it is {of_family(4, _LONGER, TRAINED)} points at rank 4, and
-        {of_family(1, _LONGER, TRAINED)} at rank 1.""",
+        {minus("family", 32, _LONGER, "lora/svd")} points at rank 32 of *family*. Minus
+        `train_ranks`, for the same tokens, it is {minus("family", 4, _LONGER, TRAINED)} points at
+        rank 4, and {minus("family", 1, _LONGER, TRAINED)} at rank 1.""",
         f"""* **If R has, and low ranks have not, `train_ranks`**: rank 1 of *facts* has
-        {in_facts(1, TRAINED)} % in place of {in_facts(1, "lora/svd")} %. A LoRA trained at rank 1
-        alone has {alone[1]} %, for fewer tokens, so if you need one low rank only,
+        {share("facts", 1, TRAINED)} % in place of {share("facts", 1, "lora/svd")} %. Minus a LoRA
+        trained at rank 1 alone, it is {minus("facts", 1, TRAINED, LORA_EACH)} points. That LoRA
+        takes fewer tokens, so if you need one low rank only,
         [compare](docs/results.md#where-rank-matters).""",
     ]
     return "\n".join(

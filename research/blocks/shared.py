@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from research import stats
 from research.curves import curves, of_method, reference_accuracies
 from research.looks import NAMES
-from research.plan import rates, units
+from research.plan import Result, rates, units
 from research.stats import Estimate, Value, accuracy_at
 from research.study import LORA_EACH, ROOT, load_study, parse_method
 
@@ -56,12 +56,6 @@ def nats(
     return "" if estimate is None else estimate.text()
 
 
-def format_mean(shares: Sequence[float]) -> str:
-    """Return the mean of shares in %, with ±."""
-    estimate = stats.estimate(shares)
-    return "" if estimate is None else estimate.text(1, 1)
-
-
 def format_median(shares: Sequence[float]) -> str:
     """Return the median of shares in %, and the lowest in brackets."""
     return f"{median(shares):.1f} ({min(shares):.1f})" if shares else ""
@@ -74,20 +68,16 @@ def price(study: str, method: str) -> tuple[str, str]:
     machines.
     """
     of_lora, of_curve = of_method(study, "lora/svd"), of_method(study, method)
-    tokens = fmean(curve.tokens for curve in of_curve) / fmean(curve.tokens for curve in of_lora)
+    tokens = _mean_tokens(of_curve) / _mean_tokens(of_lora)
     is_of_one_run = method.startswith("lora/") and method in load_study(study).methods
     seconds = f"{relative_seconds(study, method):.1f}" if is_of_one_run else ""
     return f"{tokens:.2f}", seconds
 
 
-def reference_cells(
-    ranks: Sequence[int], format_shares: Callable[[Sequence[float]], str] = format_median
-) -> list[str]:
-    """Return a cell for LoRA trained at each rank on 256 facts, where the study has it."""
-    (trained_ranks,) = {result.ranks for result in of_method("every256", LORA_EACH)}
-    return [
-        format_shares(reference_accuracies(rank)) if rank in trained_ranks else "" for rank in ranks
-    ]
+def _mean_tokens(results: Sequence[Result]) -> float:
+    """Return the tokens of a seed. It has several results where two studies share the ranks."""
+    seeds = {(result.task, result.seed) for result in results}
+    return sum(result.tokens for result in results) / len(seeds)
 
 
 def facts_table(
@@ -104,8 +94,12 @@ def facts_table(
         shares_by_rank = [stats.values(curves(study), method, accuracy_at(rank)) for rank in ranks]
         cells = [format_median([100 * s for s in shares.values()]) for shares in shares_by_rank]
         if (study, method) == ("every256", LORA_EACH):
-            cells = reference_cells(ranks)
-        seeds = str(len(of_method(study, method)))
+            (trained_ranks,) = {result.ranks for result in of_method(study, method)}
+            cells = [
+                format_median(reference_accuracies(rank)) if rank in trained_ranks else ""
+                for rank in ranks
+            ]
+        seeds = str(len({result.seed for result in of_method(study, method)}))
         rows.append([names[method], *cells, *price(study, method), seeds])
     return table(heading, rows)
 
