@@ -7,6 +7,7 @@ commands, and what they print.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def main() -> None:
                 capture_output=True,
                 text=True,
                 check=True,
+                env={**os.environ, "TQDM_DISABLE": "1"},
             )
             lines += [f"$ matryoshka {command}", process.stdout + process.stderr]
         Path(RUNS, "sample.txt").write_text("\n".join(lines), encoding="utf-8")

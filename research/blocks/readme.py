@@ -103,6 +103,17 @@ def readme_sample() -> str:
 
 
 @block
+def readme_eval() -> str:
+    """What `eval` says of the LoRA of `readme_sample`."""
+    text = Path(ROOT, "research/runs/sample.txt").read_text(encoding="utf-8")
+    (scores,) = re.findall(r"^rank +size +exact_match.*?(?=^held-out:)", text, re.M | re.S)
+    return (
+        "On 200 questions of *family*, `eval` prints this, ± one standard error; *base* is the "
+        f"model without the LoRA:\n\n```text\n{scores}```"
+    )
+
+
+@block
 def readme_plan() -> str:
     """What `info` says of a folder, and how much `export` truncates."""
     info, export = "info loras --error 20%", "export loras --rank 16 -o capped"
