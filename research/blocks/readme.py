@@ -46,12 +46,13 @@ def readme_table() -> str:
         ]
         cost = ("1.00 each", "") if method == LORA_EACH else price("low-256", method)
         rows.append([name, *cells, *cost])
-    num_questions = " and ".join(
-        f"{load_study(study).items['test']} of *{name}*" for name, (study, _) in _STUDIES.items()
+    questions = " and ".join(
+        f"{load_study(study).items['test']} questions of *{name}*"
+        for name, (study, _) in _STUDIES.items()
     )
     caption = (
         f"Right answers in %: the mean of {len(of_method('low-256', TRAINED))} seeds, ± half of a "
-        f"95 % interval, on {num_questions}. Tokens and seconds: 1 is one LoRA run; seconds are of "
+        f"95 % interval, on {questions}. Tokens and seconds: 1 is one LoRA run; seconds are of "
         "*facts*. Rates were chosen on validation examples ([how](docs/results.md))."
     )
     return f"{fill(caption, 160)}\n{table(['', *columns, 'tokens', 'seconds'], rows)}"
