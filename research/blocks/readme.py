@@ -79,7 +79,8 @@ def readme_findings() -> str:
         f"""* **If R has not learned all, train longer**, which gives
         {minus("family", 32, _LONGER, "lora/svd")} points at rank 32 of *family*. Minus
         `train_ranks`, for the same tokens, it is {minus("family", 4, _LONGER, TRAINED)} points at
-        rank 4, and {minus("family", 1, _LONGER, TRAINED)} at rank 1.""",
+        rank 4, and {minus("family", 1, _LONGER, TRAINED)} at rank 1. Where `train_ranks` is above
+        R, the low ranks have seen more examples.""",
         f"""* **If R has, and low ranks have not, `train_ranks`**: rank 1 of *facts* has
         {share("facts", 1, TRAINED)} % in place of {share("facts", 1, "lora/svd")} %. Minus a LoRA
         trained at rank 1 alone, it is {minus("facts", 1, TRAINED, LORA_EACH)} points. That LoRA
@@ -123,9 +124,10 @@ def readme_plan() -> str:
     pairs = re.findall(r"([\d.]+)%[ *]+(chat|code)$", outputs[export], re.MULTILINE)
     errors = {name: error for error, name in pairs}
     sentence = (
-        f"`matryoshka {export}` cuts the adapters above rank 16, to an error of {errors['chat']} % "
-        f"for `chat` and {errors['code']} % for `code`. `matryoshka serve capped` then starts vLLM "
-        "with all three."
+        "Here only `chat` needs slots of rank 64. If its answers are good enough at rank 16, where "
+        f"its error is {errors['chat']} %, `matryoshka {export}` cuts it there, and `code` to an "
+        f"error of {errors['code']} %. `matryoshka serve capped` then starts vLLM with all three "
+        "in slots of rank 16."
     )
     return f"```text\n$ matryoshka {info}\n{plan}```\n\n{fill(sentence, 160)}"
 
