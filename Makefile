@@ -154,7 +154,7 @@ docs: .venv-docs/.ready ## build the documentation in site/, which can be read w
 bench-train: $(VENV)/.test ## time of a training step, as a multiple of the frozen model's
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json
 
-bench-trl: $(VENV)/.test ## time and memory of a step of README's script, against plain PEFT
+bench-trl: $(VENV)/.test ## time and memory of a step of a TRL script, against plain PEFT
 	$(BIN)/python benchmarks/trl_step.py
 
 bench-eval: $(VENV)/.test ## time of all ranks at once, against lm-evaluation-harness once per rank

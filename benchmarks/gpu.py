@@ -1,4 +1,4 @@
-"""Measure training steps on a GPU: every variant of `train_step.py`, and README's script.
+"""Measure training steps on a GPU: every variant of `train_step.py`, and the one of `trl_step.py`.
 
     make gpu
     python benchmarks/gpu.py --small --out runs/gpu-small.json    # tries this script on any device

@@ -1,4 +1,4 @@
-"""Measure the training step of README's script: PEFT and TRL alone, and with a nested adapter.
+"""Measure the training step of a TRL script, as in docs/training.md: PEFT alone, and nested.
 
     make bench-trl
     python benchmarks/trl_step.py --tokens 128 --repeats 3 --output benchmarks/results/trl_step.json
@@ -6,7 +6,7 @@
 Three kinds of trainer alternate in one process: plain PEFT, the nested adapter with PEFT's own
 forward, and the nested adapter with the fused operation. Each runs ``trainer.train()`` with TRL's
 defaults: batches of 8 rows and gradient checkpointing. There are three settings: the model in bf16
-with ``bf16=False``, as in README on hardware with bf16; the model in fp32, as in README on other
+with ``bf16=False``, as there on hardware with bf16; the model in fp32, as there on other
 CPUs; and TRL's bf16 autocast.
 
 Time is CPU time of one thread, and on a GPU wall time, of a step with its update; the ratios are
@@ -117,7 +117,7 @@ class StepMeter(TrainerCallback):
 
 
 def run(variant: str, setting: str, tokens: int, num_steps: int) -> StepMeter:
-    """Train as README's script, on rows of a number of tokens."""
+    """Train as that script, on rows of a number of tokens."""
     meter = StepMeter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(variant, setting, tokens, num_steps + 2, folder)
@@ -129,7 +129,7 @@ def run(variant: str, setting: str, tokens: int, num_steps: int) -> StepMeter:
 def make_trainer(
     variant: str, setting: str, tokens: int, num_steps: int, folder: str
 ) -> SFTTrainer:
-    """Return README's trainer, on rows of a number of tokens."""
+    """Return the trainer of the script, on rows of a number of tokens."""
     dtype, bf16 = SETTINGS[setting]
     tokenizer = load_tokenizer()
     ids = tokenizer(Path(__file__).read_text(encoding="utf-8"))["input_ids"]

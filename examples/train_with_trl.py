@@ -24,6 +24,7 @@ examples = [
     for a in range(10, 60)
     for b in range(10, 60)
 ]
+data = Dataset.from_list(examples).train_test_split(0.1, seed=0)
 trainer = SFTTrainer(
     model=load_model(),
     args=SFTConfig(
@@ -33,9 +34,10 @@ trainer = SFTTrainer(
         learning_rate=1e-3,
         save_strategy="no",
         report_to="none",
-        bf16=False,
+        bf16=False,  # on a GPU, omit it
     ),
-    train_dataset=Dataset.from_list(examples).shuffle(seed=0),
+    train_dataset=data["train"],
+    eval_dataset=data["test"],  # chooses the ranks that are trained
     processing_class=load_tokenizer(),
     peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear"),
 )

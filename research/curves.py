@@ -14,14 +14,16 @@ from research.study import LORA_EACH, RUNS, load_study
 WARMUPS = (0, 5, 20)
 """The studies ``reference-warmup-...``, in % of the steps. Only the best of them is tested."""
 
+LORA_ALONE = {"low-256": "low-256-alone", "low-ordinary": "low-ordinary-alone"}
+"""The study with more of a study's LoRA trained at a rank. Its rates are of a finer search."""
+
 
 @cache
 def curves(name: str) -> tuple[Result, ...]:
     """Return every finished curve of a study, and its curves of earlier versions."""
     study = load_study(name)
     of_study = (*results(study, study.load_runs()), *earlier_curves(name))
-    # LoRA at the ranks 1 and 2 has a longer warmup, and rates of a finer grid.
-    return (*of_study, *curves("low-256-alone")) if name == "low-256" else of_study
+    return (*of_study, *curves(LORA_ALONE[name])) if name in LORA_ALONE else of_study
 
 
 def earlier_curves(study: str) -> list[Result]:

@@ -7,10 +7,10 @@ from research.blocks.shared import block, read, table
 
 @block
 def trl_step() -> str:
-    """Time and memory of a step of README's script."""
+    """Time and memory of a step of a TRL script."""
     settings = {
-        "bf16": "model in bf16, `bf16=False` (README)",
-        "fp32": "model in fp32, `bf16=False` (README without bf16 hardware)",
+        "bf16": "model in bf16, `bf16=False` (as there)",
+        "fp32": "model in fp32, `bf16=False` (as there, without bf16 hardware)",
         "autocast": "model in bf16, TRL's default of bf16 autocast",
     }
     document = read("benchmarks/results/trl_step.json")

@@ -73,14 +73,12 @@ def readme_findings() -> str:
     bullets = [
         f"""* **Whether a low rank is enough as it is depends on the task.** Rank 4 of `reorder`
         minus a LoRA trained at rank 4 is {minus("family", 4, "lora/svd", LORA_EACH)} points in
-        *family*, which is undecided, and {minus("facts", 4, "lora/svd", LORA_EACH)} in *facts*. In
-        *family*, these LoRAs may be better than here: their rates are of a coarse grid, and rank 8
-        has {share("family", 8, LORA_EACH)} %, less than rank 4.""",
+        *family*, which is undecided, and {minus("facts", 4, "lora/svd", LORA_EACH)} in
+        *facts*.""",
         f"""* **If R has not learned all, train longer**, which gives
         {minus("family", 32, _LONGER, "lora/svd")} points at rank 32 of *family*. Minus
         `train_ranks`, for the same tokens, it is {minus("family", 4, _LONGER, TRAINED)} points at
-        rank 4, and {minus("family", 1, _LONGER, TRAINED)} at rank 1. Where `train_ranks` is above
-        R, the low ranks have seen more examples.""",
+        rank 4, and {minus("family", 1, _LONGER, TRAINED)} at rank 1.""",
         f"""* **If R has, and low ranks have not, `train_ranks`**: rank 1 of *facts* has
         {share("facts", 1, TRAINED)} % in place of {share("facts", 1, "lora/svd")} %. Minus a LoRA
         trained at rank 1 alone, it is {minus("facts", 1, TRAINED, LORA_EACH)} points. That LoRA
