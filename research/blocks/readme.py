@@ -18,7 +18,7 @@ from research.blocks.shared import (
 )
 from research.curves import of_method
 from research.looks import TRAINED
-from research.stats import accuracy_at
+from research.stats import accuracy_at, aurac_log2
 from research.study import LORA_EACH, ROOT, load_study
 
 _README_RANKS = (1, 4, 32)
@@ -52,8 +52,10 @@ def readme_table() -> str:
     )
     caption = (
         f"Right answers in %: the mean of {len(of_method('low-256', TRAINED))} seeds, ± half of a "
-        f"95 % interval, on {questions}. Tokens and seconds: 1 is one LoRA run; seconds are of "
-        "*facts*. Rates were chosen on validation examples ([how](docs/results.md))."
+        f"95 % interval over the seeds, on {questions}. Differences below are of pairs with the "
+        "same seed. Tokens and seconds: 1 is one LoRA run; seconds are of *facts*, where one "
+        "process ran both. Learning rates were chosen on validation examples "
+        "([how](docs/results.md))."
     )
     return f"{fill(caption, 160)}\n{table(['', *columns, 'tokens', 'seconds'], rows)}"
 
@@ -63,30 +65,41 @@ def readme_findings() -> str:
     """What follows from the table, by what a reader wants to deploy."""
 
     def minus(name: str, rank: int, method: str, other: str) -> str:
+        """Return how much more or less a method has than another, in points."""
         study, task = _STUDIES[name]
-        return points(difference(study, method, accuracy_at(rank), other, task), "+")
+        number = points(difference(study, method, accuracy_at(rank), other, task))
+        return f"{number.lstrip('-')} points {'less' if number.startswith('-') else 'more'}"
 
     def share(name: str, rank: int, method: str) -> str:
         study, task = _STUDIES[name]
         return percent(study, method, accuracy_at(rank), task).partition(" ")[0]
 
+    def area(method: str) -> str:
+        return percent("headline", method, aurac_log2, _ORDINARY_TASK)
+
     bullets = [
-        f"""* **Whether a low rank is enough as it is depends on the task.** Rank 4 of `reorder`
-        minus a LoRA trained at rank 4 is {minus("family", 4, "lora/svd", LORA_EACH)} points in
-        *family*, which is undecided, and {minus("facts", 4, "lora/svd", LORA_EACH)} in
-        *facts*.""",
-        f"""* **If R has not learned all, train longer**, which gives
-        {minus("family", 32, _LONGER, "lora/svd")} points at rank 32 of *family*. Minus
-        `train_ranks`, for the same tokens, it is {minus("family", 4, _LONGER, TRAINED)} points at
-        rank 4, and {minus("family", 1, _LONGER, TRAINED)} at rank 1.""",
-        f"""* **If R has, and low ranks have not, `train_ranks`**: rank 1 of *facts* has
-        {share("facts", 1, TRAINED)} % in place of {share("facts", 1, "lora/svd")} %. Minus a LoRA
-        trained at rank 1 alone, it is {minus("facts", 1, TRAINED, LORA_EACH)} points. That LoRA
-        takes fewer tokens, so if you need one low rank only,
-        [compare](docs/results.md#where-rank-matters).""",
+        f"""* **Whether a low rank is enough as it is depends on the task.** Rank 4 of `reorder` has
+        {minus("family", 4, "lora/svd", LORA_EACH)} than a LoRA trained at rank 4 in *family*, which
+        is undecided, and {minus("facts", 4, "lora/svd", LORA_EACH)} in *facts*.""",
+        f"""* **If a longer training improves R, train longer.** In *family*, R has
+        {minus("family", 32, _LONGER, "lora/svd")} after half as many steps again. Compared with
+        `train_ranks`, which takes as many tokens, rank 4 has
+        {minus("family", 4, _LONGER, TRAINED)}, and rank 1 has
+        {minus("family", 1, _LONGER, TRAINED)}, which is undecided.""",
+        f"""* **If R is good, and the low ranks are not, use `train_ranks`.** Rank 1 of *facts* has
+        {share("facts", 1, TRAINED)} % in place of {share("facts", 1, "lora/svd")} %, which is
+        {minus("facts", 1, TRAINED, LORA_EACH)} than a LoRA trained at rank 1 alone. That LoRA saw
+        each example fewer times, so if one low rank is all that you need,
+        [train just that one](docs/results.md#where-rank-matters).""",
+        f"""* **Training all ranks at once was no better.** In an earlier study of *family*, the
+        mean over the ranks 1 to 32, on a log2 axis, is {area("matryoshka/prefix")} with
+        MatryoshkaLoRA as in its paper, {area("matryoshka/svd")} with its training and `reorder`,
+        {area("dylora/prefix")} with DyLoRA, and {area("lora/svd")} with plain LoRA and `reorder`
+        ([three tasks](docs/results.md#three-other-tasks)).""",
     ]
     return "\n".join(
-        fill(" ".join(bullet.split()), 160, subsequent_indent="  ") for bullet in bullets
+        fill(" ".join(bullet.split()), 160, subsequent_indent="  ", break_on_hyphens=False)
+        for bullet in bullets
     )
 
 

@@ -39,7 +39,8 @@ class ServerPlan:
     def to_lines(self) -> list[str]:
         """Return the lines that `matryoshka info` prints."""
         slots = min(MAX_LORAS, len(self.ranks))
-        rows = [["--max-lora-rank", "a slot", pluralize(slots, "slot"), "adapters that need more"]]
+        heading = ["--max-lora-rank", "a slot", pluralize(slots, "slot"), "with a larger error"]
+        rows = [heading]
         for rank, size in self.slot_sizes.items():
             names = self.larger(rank)
             text = ", ".join(names[:_MAX_NAMES])
