@@ -16,7 +16,7 @@ NAMES = {
     "lora/svd": "LoRA, then `reorder`",
     "lora/learned-0.1": "LoRA, then `learned` of version 0.1, which was removed",
     "lora/trained": "**LoRA, then `train_ranks` of version 0.4**",
-    "lora-longer/svd": "LoRA for half as long again, then `reorder`",
+    "lora-longer/svd": "LoRA with 1.5 times as many steps, then `reorder`",
     "lora/squeezed": "LoRA-Squeeze, our variant: a file for each rank",
     "matryoshka/prefix": "P, dropped after training (the paper)",
     "matryoshka/svd": "P, then `reorder`",

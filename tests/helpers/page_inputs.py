@@ -61,6 +61,7 @@ def write_examples(folder: Path) -> None:
         completion = " odd" if number % 2 else " even"
         lines.append(json.dumps({"prompt": f"{number} is", "completion": completion}) + "\n")
     (folder / "my.jsonl").write_text("".join(lines[:32]))
+    (folder / "more.jsonl").write_text("".join(lines[32:36]))
     (folder / "held-out.jsonl").write_text("".join(lines[36:]))
 
 
