@@ -127,7 +127,7 @@ def readme_eval() -> str:
     text = Path(ROOT, "research/runs/sample.txt").read_text(encoding="utf-8")
     (scores,) = re.findall(r"^rank +size +exact_match.*?(?=^held-out:)", text, re.M | re.S)
     (best,) = re.findall(r"^Compared with rank (\d+)", text, re.MULTILINE)
-    worse = dict(re.findall(r"^  rank (\d+) is worse by (\S+ ± \S+)", text, re.MULTILINE))
+    worse = dict(re.findall(r"^  rank (\d+) is worse by (\S+ ± [\d.]+)", text, re.MULTILINE))
     sentence = (
         f"On the same questions, `select` finds rank 4 worse than rank {best}, the best, by "
         f"{worse['4']}, and rank 8 by {worse['8']}, which may be chance. How much is too much, you "
