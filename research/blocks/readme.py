@@ -98,10 +98,11 @@ def readme_findings() -> str:
         each example fewer times, so if one low rank is all that you need,
         [train just that one](docs/results.md#where-rank-matters).""",
         f"""* **Training all ranks at once was no better.** In an earlier study of *family*, the
-        mean over the ranks 1 to 32, on a log2 axis, is {area("matryoshka/prefix")} with
-        our implementation of MatryoshkaLoRA, {area("matryoshka/svd")} with its training and `reorder`,
+        mean over the ranks 1 to 32, on a log2 axis, is {area("matryoshka/prefix")} with our
+        implementation of MatryoshkaLoRA, {area("matryoshka/svd")} with its training and `reorder`,
         {area("dylora/prefix")} with DyLoRA, and {area("lora/svd")} with plain LoRA and `reorder`.
-        The paper's own experiments were not repeated ([three tasks](docs/results.md#three-other-tasks)).""",
+        The paper's own experiments were not repeated
+        ([three tasks](docs/results.md#three-other-tasks)).""",
     ]
     return "\n".join(
         fill(" ".join(bullet.split()), 160, subsequent_indent="  ", break_on_hyphens=False)
