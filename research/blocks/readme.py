@@ -68,10 +68,13 @@ def readme_findings() -> str:
     """What follows from the table, by what a reader wants to deploy."""
 
     def minus(name: str, rank: int, method: str, other: str) -> str:
-        """Return how much more or less a method has than another, in points."""
+        """Return how much more or less a method has than another, and if the interval has 0."""
         study, task = _STUDIES[name]
         number = points(difference(study, method, accuracy_at(rank), other, task))
-        return f"{number.lstrip('-')} points {'less' if number.startswith('-') else 'more'}"
+        mean, _, half_interval = number.partition(" ± ")
+        undecided = " (undecided)" if abs(float(mean)) <= float(half_interval) else ""
+        direction = "less" if mean.startswith("-") else "more"
+        return f"{number.lstrip('-')} points {direction}{undecided}"
 
     def share(name: str, rank: int, method: str) -> str:
         study, task = _STUDIES[name]
@@ -84,14 +87,14 @@ def readme_findings() -> str:
         f"""* **Whether a low rank is enough as it is depends on the task.** Compared
         with a LoRA trained at the rank, `reorder` in *family* has
         {minus("family", 1, "lora/svd", LORA_EACH)} at rank 1 and
-        {minus("family", 4, "lora/svd", LORA_EACH)} at rank 4, which are undecided. In *facts*, it
-        has {minus("facts", 1, "lora/svd", LORA_EACH)} and
+        {minus("family", 4, "lora/svd", LORA_EACH)} at rank 4. In *facts*, it has
+        {minus("facts", 1, "lora/svd", LORA_EACH)} and
         {minus("facts", 4, "lora/svd", LORA_EACH)}.""",
         f"""* **If a longer training improves R, train longer.** In *family*, R has
         {minus("family", 32, _LONGER, "lora/svd")} after 1.5 times as many steps. Compared with
         `train_ranks`, which takes as many tokens, rank 4 has
         {minus("family", 4, _LONGER, TRAINED)}, and rank 1 has
-        {minus("family", 1, _LONGER, TRAINED)}, which is undecided.""",
+        {minus("family", 1, _LONGER, TRAINED)}.""",
         f"""* **If R is good, and the low ranks are not, use `train_ranks`.** Rank 1 of *facts* has
         {share("facts", 1, TRAINED)} % in place of {share("facts", 1, "lora/svd")} %, which is
         {minus("facts", 1, TRAINED, LORA_EACH)} than a LoRA trained at rank 1 alone. That LoRA saw
@@ -128,10 +131,11 @@ def readme_eval() -> str:
     text = Path(ROOT, "research/runs/sample.txt").read_text(encoding="utf-8")
     (scores,) = re.findall(r"^rank +size +exact_match.*?(?=^held-out:)", text, re.M | re.S)
     (best,) = re.findall(r"^Compared with rank (\d+)", text, re.MULTILINE)
-    worse = dict(re.findall(r"^  rank (\d+) is worse by (\S+ ± [\d.]+)", text, re.MULTILINE))
+    (rank_4,) = re.findall(r"^  rank 4 is worse by (\S+ ± \S+)$", text, re.MULTILINE)
+    (rank_8,) = re.findall(r"^  rank 8 is worse by (.+); they cannot be told", text, re.MULTILINE)
     sentence = (
         f"On the same questions, `select` finds rank 4 worse than rank {best}, the best, by "
-        f"{worse['4']}, and rank 8 by {worse['8']}, which may be chance. How much is too much, you "
+        f"{rank_4}. Rank 8 is worse by {rank_8}, which may be chance. How much is too much, you "
         "decide, with your model and data."
     )
     return (
